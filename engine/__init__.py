@@ -1,0 +1,1 @@
+"""The inference engine: scheduling, the KV cache, models, formats and quantizers."""

@@ -1,0 +1,1 @@
+"""Quantization methods and the pipeline that runs them block by block."""

@@ -1,0 +1,1 @@
+"""Compute ops: one table, a torch reference for each, faster implementations beside it."""

@@ -1,0 +1,161 @@
+"""The one form in which a linear's weights meet: checkpoint formats make it, kernels repack it."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class QuantSpec:
+    """How a linear is quantized: codes of ``num_bits``, one scale per ``group_size`` inputs of a row.
+
+    ``group_size`` -1 is one group over the whole row. It need not divide the row: the last group is
+    then shorter. ``actorder`` "group" means that ``g_idx`` may be any assignment of inputs to groups.
+    """
+
+    num_bits: int
+    group_size: int
+    symmetric: bool
+    actorder: Literal["none", "group"] = "none"
+
+    def num_groups(self, in_features: int) -> int:
+        """Groups in a row of ``in_features``."""
+        return 1 if self.group_size == -1 else -(-in_features // self.group_size)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """One linear layer's weights (or several fused along the outputs), before a kernel repacks them.
+
+    values: [out_features, in_features]; floats (fp32, fp16, bf16) where ``spec`` is None, else uint8 codes.
+    scales: [out_features, num_groups], fp16 or fp32 (bf16 as found).
+    zeros:  [out_features, num_groups], uint8 (or float) zero points; None: 2**(num_bits - 1).
+    g_idx:  [in_features] int32, group of each input in the checkpoint's order; None: ``arange // group_size``.
+    bias:   [out_features], float.
+
+    Weight = scales[:, g] * (codes - zeros[:, g]) with g = g_idx[k].
+    """
+
+    values: Tensor
+    spec: QuantSpec | None = None
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    g_idx: Tensor | None = None
+    bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        rows, cols = self.values.shape
+        if self.spec is None:
+            assert self.scales is None and self.zeros is None and self.g_idx is None
+        else:
+            groups = self.spec.num_groups(cols)
+            assert self.values.dtype == torch.uint8
+            assert self.scales is not None and tuple(self.scales.shape) == (rows, groups)
+            assert self.zeros is None or tuple(self.zeros.shape) == (rows, groups)
+            assert self.g_idx is None or tuple(self.g_idx.shape) == (cols,)
+        assert self.bias is None or tuple(self.bias.shape) == (rows,)
+
+    @property
+    def out_features(self) -> int:
+        """Rows."""
+        return int(self.values.shape[0])
+
+    @property
+    def in_features(self) -> int:
+        """Columns: the axis that the matrix product sums over."""
+        return int(self.values.shape[1])
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes of the weights as a checkpoint packs them (codes at ``num_bits`` each)."""
+        if self.spec is None:
+            total = self.values.numel() * self.values.element_size()
+        else:
+            total = -(-self.values.numel() * self.spec.num_bits // 8)
+        for tensor in (self.scales, self.zeros, self.g_idx, self.bias):
+            total += 0 if tensor is None else tensor.numel() * tensor.element_size()
+        return total
+
+    def group_of_inputs(self) -> Tensor:
+        """[in_features] int64: the group of each input."""
+        assert self.spec is not None
+        if self.g_idx is not None:
+            return self.g_idx.long()
+        size = self.in_features if self.spec.group_size == -1 else self.spec.group_size
+        return torch.arange(self.in_features, device=self.values.device) // size
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights as floats, [out_features, in_features]. Exact in fp32 for fp16 scales."""
+        if self.spec is None:
+            return self.values.to(dtype)
+        assert self.scales is not None
+        group = self.group_of_inputs()
+        if self.zeros is None:
+            centred = self.values.float() - float(2 ** (self.spec.num_bits - 1))
+        else:
+            centred = self.values.float() - self.zeros.float()[:, group]
+        return (self.scales.float()[:, group] * centred).to(dtype)
+
+    def rows(self, start: int, stop: int) -> "PackedWeight":
+        """The outputs [start, stop): a tensor-parallel slice, or one part of a fused weight."""
+        cut = slice(start, stop)
+        return replace(
+            self,
+            values=self.values[cut],
+            scales=None if self.scales is None else self.scales[cut],
+            zeros=None if self.zeros is None else self.zeros[cut],
+            bias=None if self.bias is None else self.bias[cut],
+        )
+
+    def fuses_with(self, other: "PackedWeight") -> bool:
+        """Whether both can be one matrix: same inputs, bits, groups and order of inputs."""
+        if self.spec is None or other.spec is None:
+            return self.spec is other.spec and self.in_features == other.in_features and (
+                self.values.dtype == other.values.dtype
+            )
+        if (self.spec.num_bits, self.spec.group_size) != (other.spec.num_bits, other.spec.group_size):
+            return False
+        if self.in_features != other.in_features:
+            return False
+        if self.g_idx is None or other.g_idx is None:
+            return self.g_idx is other.g_idx
+        return torch.equal(self.g_idx, other.g_idx)
+
+    @staticmethod
+    def cat(parts: list["PackedWeight"]) -> list["PackedWeight"]:
+        """Fuse neighbours along the outputs where ``fuses_with`` allows; parts that differ stay apart."""
+        fused: list[PackedWeight] = []
+        for part in parts:
+            if fused and fused[-1].fuses_with(part):
+                fused[-1] = _cat_pair(fused[-1], part)
+            else:
+                fused.append(part)
+        return fused
+
+
+def _cat_pair(a: PackedWeight, b: PackedWeight) -> PackedWeight:
+    spec = a.spec
+    zeros: Tensor | None = None
+    if spec is not None and (a.zeros is not None or b.zeros is not None):
+        spec = replace(spec, symmetric=False)
+        zeros = torch.cat([_explicit_zeros(a), _explicit_zeros(b)])
+    bias: Tensor | None = None
+    if a.bias is not None or b.bias is not None:
+        bias = torch.cat([_explicit_bias(a), _explicit_bias(b)])
+    scales = None if a.scales is None or b.scales is None else torch.cat([a.scales, b.scales])
+    return PackedWeight(torch.cat([a.values, b.values]), spec, scales, zeros, a.g_idx, bias)
+
+
+def _explicit_zeros(weight: PackedWeight) -> Tensor:
+    if weight.zeros is not None:
+        return weight.zeros
+    assert weight.spec is not None and weight.scales is not None
+    return torch.full_like(weight.scales, 2 ** (weight.spec.num_bits - 1), dtype=torch.uint8)
+
+
+def _explicit_bias(weight: PackedWeight) -> Tensor:
+    if weight.bias is not None:
+        return weight.bias
+    return torch.zeros(weight.out_features, dtype=torch.float32)

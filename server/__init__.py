@@ -1,0 +1,1 @@
+"""The serving gateway: HTTP in, token streams out. No torch in this process."""

@@ -1,0 +1,83 @@
+"""The Hessian of a linear's output error, H = 2 E[x x^T] over its inputs x: gathered, damped, factorized."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...kernels.layout import QuantSpec
+
+DAMPING_STEPS = 4  # each ten times the one before
+
+
+class FactorizationError(ArithmeticError):
+    """The Hessian has no Cholesky factor even with the strongest damping."""
+
+
+class HessianMean:
+    """A running mean over batches, fp32: one [K, K] matrix. Statistic of GPTQ."""
+
+    def __init__(self, in_features: int) -> None:
+        self.value = torch.zeros((in_features, in_features), dtype=torch.float32)
+        self.num_tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Count ``inputs`` [tokens, K]."""
+        tokens = len(inputs)
+        total = self.num_tokens + tokens
+        scaled = inputs.float()
+        self.value.addmm_(scaled.T, scaled, beta=self.num_tokens / total, alpha=2 / total)
+        self.num_tokens = total
+
+
+@dataclass(frozen=True, slots=True)
+class HessianFactor:
+    """One Hessian made ready; linears that read the same input share it.
+
+    upper: [K, K], U with inverse(H + damping) = U^T U, rows and columns in the order of ``perm``.
+    perm: [K] int64, the order in which columns are rounded; None: as they are.
+    damping: what was added to H's diagonal, as a share of its mean.
+    """
+
+    upper: Tensor
+    perm: Tensor | None
+    damping: float
+
+
+def factorize(hessian: Tensor, spec: QuantSpec, damping: float) -> HessianFactor:
+    """Order, damp and factorize ``hessian`` [K, K] (not changed).
+
+    An input that was never non-zero gets a diagonal of the mean: nothing is known of it, so its column
+    is rounded to nearest and takes part in no one's error. Where H is not positive definite in its
+    precision, the damping grows tenfold up to ``DAMPING_STEPS`` times. Raises FactorizationError.
+    """
+    diagonal = hessian.diagonal()
+    if not bool(torch.isfinite(hessian).all()):
+        raise FactorizationError("the calibration's activations are not finite")
+    mean = float(diagonal.mean()) or 1.0
+    perm = torch.argsort(diagonal, descending=True, stable=True) if spec.actorder == "group" else None
+    ordered = hessian.clone() if perm is None else hessian[perm][:, perm]
+    ordered.diagonal().masked_fill_(ordered.diagonal() == 0, mean)
+    for step in range(DAMPING_STEPS + 1):
+        share = damping * 10**step
+        upper = _inverse_factor(ordered, share * mean)
+        if upper is not None:
+            return HessianFactor(upper, perm, share)
+    raise FactorizationError(f"not positive definite with a damping of {share:g}")
+
+
+def _inverse_factor(hessian: Tensor, shift: float) -> Tensor | None:
+    """U, upper, with inverse(H + shift) = U^T U.
+
+    H mirrored along both axes is L L^T, so H = R R^T with R, L mirrored back, upper; then U = inverse(R).
+    One factorization and one triangular solve: cheaper and more exact than inverting H.
+    """
+    mirrored = hessian.flip(0, 1)
+    mirrored.diagonal().add_(shift)
+    lower, failed = torch.linalg.cholesky_ex(mirrored)
+    if int(failed):
+        return None
+    right = lower.flip(0, 1)
+    eye = torch.eye(len(right), dtype=right.dtype, device=right.device)
+    upper = torch.linalg.solve_triangular(right, eye, upper=True)
+    return upper if bool(torch.isfinite(upper).all()) else None

@@ -1,6 +1,7 @@
 """What the scheduler tells the runner: frozen records of integers."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from .records import SamplingParams, TokenLogprobs
 
@@ -9,7 +10,7 @@ PENDING = -1  # stands for the token that the step before this one is still samp
 
 @dataclass(frozen=True, slots=True)
 class NewSequence:
-    """A sequence that the runner has not seen. It keeps it (for penalties, seeds) until it is in ``finished``."""
+    """A sequence that the runner has not seen. It keeps it (penalties, seeds) until it is in ``finished``."""
 
     seq_id: int
     prompt_token_ids: tuple[int, ...]
@@ -65,3 +66,17 @@ class SampledOutput:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     error: str | None = None
+
+
+class Handle(Protocol):
+    """A step that may still be running."""
+
+    def result(self) -> list[SampledOutput]:
+        """Wait for the step; one output per entry of ``scheduled``, in its order."""
+
+
+class Executor(Protocol):
+    """Runs steps. Steps end in the order in which they were given."""
+
+    def execute(self, plan: StepPlan) -> Handle:
+        """Start one step, after those before it; at most ``lag`` others have not been waited for."""

@@ -1,0 +1,157 @@
+"""Which kernel computes what: one table, resolved once, when a model is loaded.
+
+A candidate is ``"module:name"`` below this package, imported only when it is asked; the first that does
+not refuse is taken. Adding a kernel is one file and one line in ``OPS``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from .layout import PackedWeight, QuantSpec
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a model runs and what its weights are computed in.
+
+    ``dtype``: float32 is exact; float16 and bfloat16 are the weights' precision. Activations are fp32
+    on a CPU in every case, else of ``dtype``.
+    """
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    cpu_features: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """The dtype of the residual stream, of norms and of what a linear takes and gives."""
+        return torch.float32 if self.is_cpu else self.dtype
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether the device is the host's processor."""
+        return torch.device(self.device).type == "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightTraits:
+    """What decides whether a linear kernel can take a weight. ``max_abs`` bounds the weights' magnitude."""
+
+    out_features: int
+    in_features: int
+    spec: QuantSpec | None
+    dtype: torch.dtype
+    max_abs: float
+    has_g_idx: bool = False
+
+    @staticmethod
+    def of(weight: PackedWeight) -> "WeightTraits":
+        """The traits of ``weight``; reads its values once."""
+        if weight.spec is None:
+            low, high = weight.values.aminmax()
+            max_abs = max(-float(low), float(high))
+        else:
+            assert weight.scales is not None
+            max_abs = float(weight.scales.float().abs().max()) * 2.0**weight.spec.num_bits
+        return WeightTraits(
+            weight.out_features,
+            weight.in_features,
+            weight.spec,
+            weight.values.dtype,
+            max_abs,
+            weight.g_idx is not None,
+        )
+
+
+class PackedLinear(Protocol):
+    """A weight in one kernel's layout. Called with x [T, in] it gives [T, out] of x's dtype."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the packed weight holds."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, in_features] -> [T, out_features]."""
+
+
+class LinearKernel(Protocol):
+    """A way to multiply by a weight: says whether it can, then packs it into its layout."""
+
+    name: str
+
+    def refuses(self, target: Target, *, weight: WeightTraits) -> str | None:
+        """Why it cannot, or None."""
+
+    def repack(self, weight: PackedWeight, target: Target) -> PackedLinear:
+        """The weight in this kernel's layout, on the target's device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A resolved op: the implementation, its name, and why each better candidate refused."""
+
+    implementation: Any
+    name: str
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+OPS: dict[str, tuple[str, ...]] = {
+    "linear": (".cpu.linear:dense_fp16", ".cpu.linear:dequant_fp16", ".reference:linear"),
+    "embedding": (".reference:embedding",),
+    "rms_norm": (".pointwise:rms_norm",),
+    "add_rms_norm": (".pointwise:add_rms_norm",),
+    "rope": (".pointwise:rope",),
+    "silu_and_mul": (".reference:silu_and_mul",),
+    "kv_write": (".attention:kv_write",),
+    "paged_attention": (".attention:paged_attention",),
+    "causal_attention": (".attention:causal_attention",),
+}
+
+
+def choose(op: str, target: Target, **traits: object) -> Choice:
+    """The first candidate for ``op`` that does not refuse ``target`` and ``traits``.
+
+    Raises LookupError that prints op, device, dtype, traits and each candidate's reason.
+    """
+    refused: list[tuple[str, str]] = []
+    for candidate in OPS[op]:
+        module_name, name = candidate.split(":")
+        implementation = getattr(import_module(module_name, __package__), name)
+        refuses = getattr(implementation, "refuses", None)
+        reason = refuses(target, **traits) if refuses is not None else None
+        if reason is None:
+            return Choice(implementation, getattr(implementation, "name", name), tuple(refused))
+        refused.append((getattr(implementation, "name", candidate), reason))
+    lines = [f"no kernel for {op} on {target.device} with {target.dtype}, {traits}"]
+    raise LookupError("\n".join(lines + [f"  {name}: {reason}" for name, reason in refused]))
+
+
+def resolve(op: str, target: Target, **traits: object) -> Any:
+    """``choose(...).implementation``."""
+    return choose(op, target, **traits).implementation
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """The decoder's functions for one target, resolved together. Signatures: ``kernels/reference.py``."""
+
+    embedding: Callable[..., Tensor]
+    rms_norm: Callable[..., Tensor]
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
+    rope: Callable[..., Tensor]
+    silu_and_mul: Callable[..., Tensor]
+    kv_write: Callable[..., None]
+    paged_attention: Callable[..., Tensor]
+    causal_attention: Callable[..., Tensor]
+
+    @staticmethod
+    def resolve(target: Target) -> "Ops":
+        """All of them for ``target``."""
+        return Ops(*(resolve(op, target) for op in OPS if op != "linear"))

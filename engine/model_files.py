@@ -83,8 +83,8 @@ def _download(model: str, revision: str | None) -> Path:
         raise ConfigError(f"{named} is neither a local folder nor a valid hub id (owner/name)") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ConfigError(
-            f"{named} is neither a folder nor in the local hub cache, and the hub is offline (HF_HUB_OFFLINE, or no network); "
-            "give a local folder, or download it once with the network on"
+            f"{named} is neither a folder nor in the local hub cache, and the hub is offline "
+            "(HF_HUB_OFFLINE, or no network); give a local folder, or download it once with the network on"
         ) from error
     except (HfHubHTTPError, HTTPError, OSError) as error:
         reason = str(error).strip().partition("\n")[0][:200]
@@ -161,7 +161,7 @@ class ModelFiles:
 
     @cached_property
     def quantize_config(self) -> Json | None:
-        """config.json's quantization_config (older: compression_config), else quantize_config.json's, or None."""
+        """config.json's quantization_config (older: compression_config), else quantize_config.json."""
         for key in ("quantization_config", "compression_config"):
             block = self.config.get(key)
             if block is not None:
@@ -225,8 +225,8 @@ class ModelFiles:
     def max_model_len(self) -> int:
         """Positions the model can address: max_position_embeddings, extended by the rope scaling.
 
-        vLLM's rule: linear and dynamic multiply it by ``factor``; yarn multiplies original_max_position_embeddings;
-        llama3 and longrope already have the extended value in max_position_embeddings.
+        vLLM's rule: linear and dynamic multiply it by ``factor``; yarn multiplies
+        original_max_position_embeddings; llama3 and longrope state the extended value already.
         """
         path = self.folder / "config.json"
         length = self.config.get("max_position_embeddings")

@@ -1,0 +1,36 @@
+"""The formats by quant method. A new one is a file and a line here."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, cast
+
+from ..errors import UnsupportedModelError
+from .base import Format
+
+FORMATS: dict[str, str] = {"none": ".dense:DenseFormat", "gptq": ".gptq:GPTQFormat"}
+
+
+def format_class(quant_method: str) -> type[Format]:
+    """The format of ``quant_method``. UnsupportedModelError names those there are."""
+    where = FORMATS.get(quant_method)
+    if where is None:
+        known = ", ".join(name for name in FORMATS if name != "none")
+        raise UnsupportedModelError(
+            f"quant_method {quant_method!r} is not supported (supported: {known}, and unquantized); "
+            "take another checkpoint of this model, or quantize the original with nybble quantize"
+        )
+    module, name = where.split(":")
+    return cast(type[Format], getattr(import_module(module, __package__), name))
+
+
+def get_format(quantize_config: Mapping[str, Any] | None) -> Format:
+    """The format that a checkpoint's quantization_config states; None or {}: dense.
+
+    Old AutoGPTQ files name no method; a block with ``bits`` and ``group_size`` is theirs.
+    """
+    if not quantize_config:
+        return format_class("none").from_config(None)
+    method = quantize_config.get("quant_method") or quantize_config.get("method")
+    if method is None and "bits" in quantize_config:
+        method = "gptq"
+    return format_class(str(method)).from_config(quantize_config)

@@ -63,14 +63,22 @@ ToEngine = Add | Abort | Stop
 FromEngine = Progress | Ready | StepDone | Failed
 
 _encoder = msgspec.msgpack.Encoder()
-_to_engine = msgspec.msgpack.Decoder(ToEngine)
-_from_engine = msgspec.msgpack.Decoder(FromEngine)
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:
     """A whole frame: header and body."""
     body = _encoder.encode(message)
     return FRAME_HEADER.pack(len(body)) + body
+
+
+def body_length(header: bytes) -> int:
+    """Bytes of the body that follows ``header``. Raises msgspec.DecodeError above MAX_FRAME_BYTES."""
+    length: int = FRAME_HEADER.unpack(header)[0]
+    if length > MAX_FRAME_BYTES:
+        raise msgspec.DecodeError(f"a frame of {length} bytes; at most {MAX_FRAME_BYTES} are allowed")
+    return length
 
 
 def decode_to_engine(body: bytes) -> ToEngine:

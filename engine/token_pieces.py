@@ -19,7 +19,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenPieces(dict[int, bytes]):
-    """Token id to the bytes it adds inside a text, computed at the first look; b"" for an id that is not there."""
+    """Token id to the bytes it adds inside a text, computed at the first look; b"" if there is no such id."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         """Raises UnsupportedModelError for a decoder that does not work token by token."""
@@ -96,8 +96,8 @@ def _steps(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:
             )
             if not known:
                 raise UnsupportedModelError(
-                    f"tokenizer.json: the decoder {'+'.join(kinds)} is not supported (step {kind}); supported are "
-                    "ByteLevel, Metaspace, and Replace, ByteFallback, Fuse, Strip in this order"
+                    f"tokenizer.json: the decoder {'+'.join(kinds)} is not supported (step {kind}); "
+                    "supported are ByteLevel, Metaspace, and Replace, ByteFallback, Fuse, Strip in this order"
                 )
             fused = fused or kind == "Fuse"
     return steps

@@ -170,6 +170,6 @@ def _no_tokenizer(folder: Path) -> str:
     if not slow:
         return f"{folder}: no tokenizer.json; copy it from the model that this one was made from"
     return (
-        f"{folder}: no tokenizer.json, only {slow[0]}; write it once with: python -c 'from transformers import "
-        f'AutoTokenizer as A; A.from_pretrained("{folder}").save_pretrained("{folder}")\''
+        f"{folder}: no tokenizer.json, only {slow[0]}; write it once with: python -c 'from transformers "
+        f'import AutoTokenizer as A; A.from_pretrained("{folder}").save_pretrained("{folder}")\''
     )

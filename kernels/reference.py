@@ -115,7 +115,7 @@ def causal_attention(
 ) -> Tensor:
     """Causal attention within whole sequences of ``lengths`` (their sum is T). Returns [T, Hq * D]."""
     split = zip(*(torch.split(t, list(lengths)) for t in (q, k, v)), strict=True)
-    return torch.cat([_attend(*qkv, scale, window) for qkv in split]).flatten(1)
+    return torch.cat([_attend(q, k, v, scale, window) for q, k, v in split]).flatten(1)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:

@@ -62,7 +62,7 @@ class RotaryEmbedding:
         self._frequencies = _frequencies(config, exponents)
 
     def __call__(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """positions: [T] int64. Returns cos, sin: [T, 1, D]; sin's first half is negated, as ``rope`` wants."""
+        """positions: [T] int64. Returns cos, sin: [T, 1, D]; sin's first half is negated (see ``rope``)."""
         where = positions.to(torch.float32)[:, None]
         frequencies = self._dynamic(where) if self._rope.type == "dynamic" else self._frequencies
         angles = where * frequencies

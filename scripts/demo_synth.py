@@ -135,8 +135,7 @@ def main() -> None:
         with options.out.open("a", encoding="utf-8") as file:
             written += file.write("".join(f"{s}\n{SEPARATOR}\n" for s in stories))
         elapsed = time.monotonic() - start
-        print(f"{elapsed:7.0f} s  {written / 1e6:7.2f} MB  {written / elapsed / 1e3:5.1f} kB/s",
-              flush=True)
+        print(f"{elapsed:7.0f} s  {written / 1e6:7.2f} MB  {written / elapsed / 1e3:5.1f} kB/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 class GPTQFormat:
     """Quant method "gptq".
 
-    ``dynamic``: ordered patterns, matched at the start of a module's name; the first that matches decides. With
-    the prefix "-:" it leaves the module dense; with "+:" or none it overrides keys of the specification.
+    ``dynamic``: ordered patterns, matched at the start of a module's name; the first that matches decides.
+    With the prefix "-:" it leaves the module dense; with "+:" or none it overrides keys of the specification.
     ``listed``: only modules that end with one of these names are quantized; None: all.
     """
 

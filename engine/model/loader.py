@@ -1,0 +1,216 @@
+"""From a folder of safetensors to the decoder's weights: strict, module by module, with a report.
+
+At any time the memory holds what is loaded so far and one module on its way through its kernel's repack.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...kernels.dispatch import Target
+from ...kernels.layout import PackedWeight, QuantSpec
+from ..config import EngineConfig
+from ..errors import CheckpointError, ConfigError
+from ..formats.base import Format
+from ..formats.registry import get_format
+from ..formats.safetensors_files import SafetensorsFiles, TensorInfo
+from ..hardware import cpu_features
+from ..model_files import ModelFiles
+from .config import ModelConfig
+from .layers import Linear
+from .plan import EMBEDDING, Part, Slot, find_problems, part_format, part_tensors, problems_error, weight_plan
+
+Progress = Callable[[str, int, int, str], None]
+Weights = dict[str, Linear | Tensor]
+Refusals = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKernel:
+    """What one packed weight got: the kernel, and why each better candidate refused."""
+
+    slot: str
+    kernel: str
+    refused: Refusals
+    spec: QuantSpec | None
+    num_weights: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What a load did. ``weight_bytes``: all weights in their kernels' layouts."""
+
+    layers: tuple[LayerKernel, ...]
+    weight_bytes: int
+
+    @property
+    def main_kernel(self) -> str:
+        """The kernel that holds most weights."""
+        totals: dict[str, int] = {}
+        for layer in self.layers:
+            totals[layer.kernel] = totals.get(layer.kernel, 0) + layer.num_weights
+        return max(totals, key=lambda name: totals[name])
+
+    def lines(self) -> list[str]:
+        """One line per kernel, form of weights and set of reasons: how many layers, examples."""
+        groups: dict[tuple[str, str, Refusals], list[str]] = {}
+        for layer in self.layers:
+            groups.setdefault((layer.kernel, spec_text(layer.spec), layer.refused), []).append(layer.slot)
+        return [_line(*key, slots) for key, slots in groups.items()]
+
+    def details(self) -> list[str]:
+        """One line per layer."""
+        return [
+            _line(layer.kernel, spec_text(layer.spec), layer.refused, [layer.slot]) for layer in self.layers
+        ]
+
+
+def spec_text(spec: QuantSpec | None) -> str:
+    """As in: 4-bit group 128 sym, or: dense."""
+    if spec is None:
+        return "dense"
+    order = ", act-order" if spec.actorder == "group" else ""
+    return f"{spec.num_bits}-bit group {spec.group_size} {'sym' if spec.symmetric else 'asym'}{order}"
+
+
+def _line(kernel: str, form: str, refused: Refusals, slots: list[str]) -> str:
+    named = ", ".join(slots[:2]) + (", ..." if len(slots) > 2 else "")
+    why = "; ".join(f"not {name}: {reason}" for name, reason in refused)
+    return f"{kernel}: {len(slots)} x {form} ({named})" + (f"; {why}" if why else "")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A decoder's weights by slot name, ready for ``target``."""
+
+    config: ModelConfig
+    weights: Weights
+    report: LoadReport
+    target: Target
+    format: Format
+
+
+def resolve_target(
+    config: EngineConfig, checkpoint_format: Format, found: Mapping[str, TensorInfo]
+) -> Target:
+    """Device and dtype from the options and, for "auto", from what the checkpoint holds most of.
+
+    auto is fp32 for fp32 checkpoints; others are computed in fp16 on a CPU, in their own dtype on CUDA.
+    """
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no usable GPU here; use --device cpu or auto")
+    if config.dtype != "auto":
+        dtype = getattr(torch, config.dtype)
+    else:
+        dtype = _stored_dtype(checkpoint_format, found)
+        if dtype == torch.bfloat16 and device == "cpu":
+            dtype = torch.float16
+    return Target(device, dtype, cpu_features() if device == "cpu" else frozenset())
+
+
+def _stored_dtype(checkpoint_format: Format, found: Mapping[str, TensorInfo]) -> torch.dtype:
+    sizes = {"F32": 0, "F16": 0, "BF16": 0}
+    for info in found.values():
+        if info.dtype in sizes:
+            sizes[info.dtype] += info.nbytes
+    largest = max(sizes, key=lambda name: sizes[name])
+    if largest == "F32" and checkpoint_format.default_spec is not None:
+        return torch.float16  # quantized, with an fp32 embedding: the codes decide, not what was left over
+    return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[largest]
+
+
+def load_slot(
+    files: SafetensorsFiles,
+    checkpoint_format: Format,
+    slot: Slot,
+    target: Target,
+    table: Tensor | None = None,
+) -> Linear | Tensor:
+    """One module. ``table``: the loaded embedding, so that a tied head is not read again."""
+    if slot.kind == "linear":
+        return _load_linear(files, checkpoint_format, slot, target, table)[0]
+    return _load_tensor(files, slot, target)
+
+
+def _load_tensor(files: SafetensorsFiles, slot: Slot, target: Target) -> Tensor:
+    (part,) = slot.parts
+    tensor = _checked(files, f"{part.name}.weight")
+    if slot.kind == "embedding" and target.is_cpu:
+        return tensor  # rows are converted when they are looked up
+    return tensor.to(target.device, target.activation_dtype)
+
+
+def _load_linear(
+    files: SafetensorsFiles, checkpoint_format: Format, slot: Slot, target: Target, table: Tensor | None
+) -> tuple[Linear, list[LayerKernel]]:
+    parts = [
+        PackedWeight(table)
+        if part.name == EMBEDDING and table is not None
+        else load_part(files, checkpoint_format, slot, part)
+        for part in slot.parts
+    ]
+    fused = PackedWeight.cat(parts)
+    del parts
+    linear = Linear.build(fused, target)
+    layers = [
+        LayerKernel(slot.name, choice.name, choice.refused, weight.spec, weight.values.numel())
+        for choice, weight in zip(linear.choices, fused, strict=True)
+    ]
+    return linear, layers
+
+
+def load_part(files: SafetensorsFiles, checkpoint_format: Format, slot: Slot, part: Part) -> PackedWeight:
+    """One module of the checkpoint in the canonical form, on the CPU."""
+    wanted = part_tensors(slot, part, checkpoint_format)
+    tensors = {name: _checked(files, name) for name in wanted if name in files.tensors}
+    return part_format(slot, part, checkpoint_format).read(tensors, part.name)
+
+
+def _checked(files: SafetensorsFiles, name: str) -> Tensor:
+    tensor = files.get(name)
+    if tensor.is_floating_point():
+        # One pass without a temporary; the slow test only where the sum overflowed or something is wrong.
+        finite = bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
+        if not finite:
+            raise CheckpointError(
+                f"{files.tensors[name].path}: tensor {name} holds NaN or infinite values; download it again"
+            )
+    return tensor
+
+
+def load_model(
+    folder: ModelFiles, config: EngineConfig, progress: Progress, target: Target | None = None
+) -> LoadedModel:
+    """The model in ``folder``. ``progress(phase, done, total, line)`` is told of every module.
+
+    Errors: UnsupportedModelError, CheckpointError that lists missing, wrong and unexpected tensors.
+    """
+    model_config = ModelConfig.from_dict(folder.config)
+    checkpoint_format = get_format(folder.quantize_config)
+    slots = weight_plan(model_config)
+    weights: Weights = {}
+    layers: list[LayerKernel] = []
+    with SafetensorsFiles(folder.folder) as files:
+        problems = find_problems(slots, checkpoint_format, files.tensors)
+        if problems:
+            raise problems_error(folder.folder, problems)
+        chosen = target or resolve_target(config, checkpoint_format, files.tensors)
+        table: Tensor | None = None
+        for done, slot in enumerate(slots):
+            progress("weights", done, len(slots), "")
+            if slot.kind == "linear":
+                weights[slot.name], kernels = _load_linear(files, checkpoint_format, slot, chosen, table)
+                layers += kernels
+            else:
+                weights[slot.name] = tensor = _load_tensor(files, slot, chosen)
+                table = tensor if slot.kind == "embedding" else table
+    sizes = [w.numel() * w.element_size() if isinstance(w, Tensor) else w.nbytes for w in weights.values()]
+    report = LoadReport(tuple(layers), sum(sizes))
+    for line in ["", *report.lines()]:
+        progress("weights", len(slots), len(slots), line)
+    return LoadedModel(model_config, weights, report, chosen, checkpoint_format)

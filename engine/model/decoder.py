@@ -20,7 +20,7 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class DecoderLayer:
-    """One block. ``weights`` are keyed relative to ``model.layers.N.``; norms are vectors, the rest Linears."""
+    """One block. ``weights`` are keyed relative to ``model.layers.N.``: norms are vectors, others Linears."""
 
     def __init__(
         self, config: ModelConfig, index: int, weights: Mapping[str, Linear | Tensor], ops: Ops

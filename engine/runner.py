@@ -1,0 +1,232 @@
+"""Runs the steps that the scheduler plans: integers in, tokens out. One thread computes, in order."""
+
+import math
+import mmap
+import random
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.dispatch import Target
+from ..kernels.paged import AttentionPlan, PagedSequence, PlanOptions, plan_attention
+from .model.decoder import Decoder
+from .plan import PENDING, SampledOutput, ScheduledSequence, StepPlan
+from .records import KVSpec, TokenLogprobs
+from .sampler import Sampler, SamplingState, score_tokens
+
+_LOGITS_BYTES = 32 << 20  # one piece of fp32 logits; sampling holds about three such tensors
+_GATHER_BYTES = 64 << 20  # one padded batch of gathered pages of one layer
+_NOT_FINITE = "the model's output is not finite (NaN or infinity) for this request"
+
+
+def kv_cache_dtype(target: Target) -> str:
+    """The dtype the KV cache should have: what attention computes in.
+
+    fp32 on a CPU in every case: torch's attention would first convert fp16 pages, which costs more than the
+    bytes it saves at the batch sizes that fit a CPU.
+    """
+    return str(target.activation_dtype).removeprefix("torch.")
+
+
+def allocate_kv_cache(spec: KVSpec, num_blocks: int, block_size: int, device: str = "cpu") -> Tensor:
+    """[layers, blocks, block_size, 2 (K, V), Hkv, D] of zeros. A CPU's memory is taken when first written."""
+    shape = (len(spec.layers), num_blocks, block_size, 2, spec.num_kv_heads, spec.head_dim)
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One scheduled sequence and where it stands in the step: rows [first, first + count)."""
+
+    plan: ScheduledSequence
+    state: SamplingState
+    first: int
+
+    @property
+    def last(self) -> int:
+        return self.first + len(self.plan.token_ids) - 1
+
+
+class _Handle:
+    """A step in the runner's thread."""
+
+    def __init__(self, future: "Future[list[SampledOutput]]") -> None:
+        self._future = future
+
+    def result(self) -> list[SampledOutput]:
+        """Wait for it. Raises what the step raised."""
+        return self._future.result()
+
+
+class Runner:
+    """An executor over a decoder and a KV cache that it allocates.
+
+    ``seed``: where requests without a seed draw theirs from, in the order of their arrival.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv_specs: Sequence[KVSpec],
+        num_blocks: int,
+        block_size: int,
+        eos_token_ids: Sequence[int],
+        seed: int = 0,
+    ) -> None:
+        self._decoder = decoder
+        self._device = str(decoder.embed_tokens.device)
+        self._block_size = block_size
+        self._specs = tuple(kv_specs)
+        self._caches = [allocate_kv_cache(spec, num_blocks, block_size, self._device) for spec in kv_specs]
+        # Layer -> (its group's index, its own cache [blocks, block_size, 2, Hkv, D]).
+        self._layers = {
+            layer: (group, self._caches[group][place])
+            for group, spec in enumerate(kv_specs)
+            for place, layer in enumerate(spec.layers)
+        }
+        assert sorted(self._layers) == list(range(decoder.config.num_layers))
+        self._scale = 1 / math.sqrt(decoder.config.head_dim)
+        self._logit_rows = max(1, _LOGITS_BYTES // (4 * decoder.config.vocab_size))
+        self._sampler = Sampler(eos_token_ids)
+        self._states: dict[int, SamplingState] = {}
+        self._seeds = random.Random(seed)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="runner")
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV cache, touched or not."""
+        return sum(cache.numel() * cache.element_size() for cache in self._caches)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences whose sampling state is kept."""
+        return len(self._states)
+
+    def execute(self, plan: StepPlan) -> _Handle:
+        """Start a step after those before it. What goes wrong in it is raised by the handle's ``result``."""
+        return _Handle(self._thread.submit(self._run, plan))
+
+    def close(self) -> None:
+        """Wait for the steps that were started and end the thread."""
+        self._thread.shutdown()
+
+    @torch.inference_mode()
+    def _run(self, plan: StepPlan) -> list[SampledOutput]:
+        for seq_id in plan.finished:
+            self._states.pop(seq_id, None)
+        for new in plan.new:
+            seed = new.params.seed if new.params.seed is not None else self._seeds.getrandbits(63)
+            self._states[new.seq_id] = SamplingState(new.params, new.prompt_token_ids, seed)
+        if not plan.scheduled:
+            return []
+        work: list[_Work] = []
+        first = 0
+        for scheduled in plan.scheduled:
+            state = self._states[scheduled.seq_id]
+            state.truncate(scheduled.output_index)
+            work.append(_Work(scheduled, state, first))
+            first += len(scheduled.token_ids)
+        hidden = self._forward(work)
+        broken = self._find_broken(hidden, work)
+        prompt = {
+            w.plan.seq_id: self._score_prompt(hidden, w)
+            for w in work
+            if w.plan.prompt_logprob_targets and w.plan.seq_id not in broken
+        }
+        sampled = self._sample(hidden, [w for w in work if w.plan.samples and w.plan.seq_id not in broken])
+        outputs = []
+        for w in work:
+            seq_id = w.plan.seq_id
+            output = sampled.get(seq_id, SampledOutput(seq_id))
+            if seq_id in broken or output.error is not None:
+                output = SampledOutput(seq_id, error=_NOT_FINITE)
+            elif seq_id in prompt:
+                output = SampledOutput(seq_id, output.token_ids, output.logprobs, prompt[seq_id])
+            outputs.append(output)
+        return outputs
+
+    def _forward(self, work: Sequence[_Work]) -> Tensor:
+        """[T, H]: the final hidden states of all the step's tokens; their K and V are in the cache then."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        for w in work:
+            token_ids += w.plan.token_ids
+            positions += range(w.plan.start, w.plan.start + len(w.plan.token_ids))
+            if token_ids[-1] == PENDING:
+                token_ids[-1] = w.state.output_token_ids[-1]
+        plans = [self._plan_group(group, work) for group in range(len(self._specs))]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            group, cache = self._layers[layer]
+            ops.kv_write(k, v, cache, plans[group].slot_mapping)
+            out: Tensor = ops.paged_attention(q, cache, plans[group], self._scale)
+            return out
+
+        ops = self._decoder.ops
+        ids = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
+        return self._decoder(ids, torch.tensor(positions, dtype=torch.int64, device=self._device), attend)
+
+    def _plan_group(self, group: int, work: Sequence[_Work]) -> AttentionPlan:
+        spec = self._specs[group]
+        token_bytes = 2 * spec.num_kv_heads * spec.head_dim * self._caches[group].element_size()
+        options = PlanOptions(
+            self._block_size, spec.window, self._device, self._decoder.dtype, _GATHER_BYTES // token_bytes
+        )
+        sequences = [
+            PagedSequence(w.first, len(w.plan.token_ids), w.plan.start, w.plan.block_tables[group])
+            for w in work
+        ]
+        return plan_attention(sequences, options)
+
+    def _find_broken(self, hidden: Tensor, work: Sequence[_Work]) -> set[int]:
+        """Ids of sequences with a NaN or an infinity; their pages are cleaned before anybody else gets them.
+
+        A masked slot still takes part in attention, times zero, and zero times NaN is NaN: without this, one
+        sequence's overflow would spread through the cache. A bad K or V always shows in ``hidden``, because
+        each token attends to itself.
+        """
+        if math.isfinite(float(hidden.sum())):
+            return set()
+        finite = hidden.isfinite().all(-1).tolist()
+        broken = [w for w in work if not all(finite[w.first : w.last + 1])]
+        for w in broken:
+            for cache, table in zip(self._caches, w.plan.block_tables, strict=True):
+                pages = torch.tensor(table, dtype=torch.int64, device=self._device)
+                cache[:, pages] = cache[:, pages].nan_to_num()
+        return {w.plan.seq_id for w in broken}
+
+    def _sample(self, hidden: Tensor, work: Sequence[_Work]) -> dict[int, SampledOutput]:
+        """One token for each of ``work``, booked in its state."""
+        outputs: dict[int, SampledOutput] = {}
+        for begin in range(0, len(work), self._logit_rows):
+            piece = work[begin : begin + self._logit_rows]
+            rows = [w.last for w in piece]
+            whole = len(rows) == hidden.shape[0]
+            chosen = hidden if whole else hidden[torch.tensor(rows, dtype=torch.int64, device=self._device)]
+            sampled = self._sampler.sample(self._decoder.logits(chosen), [w.state for w in piece])
+            for w, row in zip(piece, sampled, strict=True):
+                seq_id = w.plan.seq_id
+                if not row.finite:
+                    outputs[seq_id] = SampledOutput(seq_id, error=_NOT_FINITE)
+                    continue
+                w.state.append(row.token_id)
+                logprobs = () if row.logprobs is None else (row.logprobs,)
+                outputs[seq_id] = SampledOutput(seq_id, (row.token_id,), logprobs)
+        return outputs
+
+    def _score_prompt(self, hidden: Tensor, work: _Work) -> tuple[TokenLogprobs, ...]:
+        targets = work.plan.prompt_logprob_targets
+        count = work.state.params.prompt_logprobs or 0
+        found: list[TokenLogprobs] = []
+        for begin in range(0, len(targets), self._logit_rows):
+            piece = targets[begin : begin + self._logit_rows]
+            rows = hidden[work.first + begin : work.first + begin + len(piece)]
+            found += score_tokens(self._decoder.logits(rows), piece, count)
+        return tuple(found)

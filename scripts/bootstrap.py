@@ -159,12 +159,10 @@ class Installer:
         requirement = torch_requirement()
         version = choose_version(self.versions("torch"), requirement, wanted)
         if wanted == "cuda" and version is None:
-            say(
-                f"warning: only CPU builds of {requirement} are offered; set TORCH_INDEX to an index with others"
-            )
+            say(f"warning: only CPU builds of {requirement} are offered; TORCH_INDEX may name another index")
         elif wanted == "cpu" and version is None and self.pulls_cuda(requirement):
             say(
-                "warning: no NVIDIA driver was found, but the package index offers torch only as a CUDA build "
+                "warning: no NVIDIA driver found, but the package index offers only a CUDA build of torch "
                 "(gigabytes); to avoid that, interrupt and set TORCH_INDEX to an index with CPU builds"
             )
         say(f"installing torch ({wanted}): {version or requirement}")

@@ -68,9 +68,7 @@ def test_equals_ldlq(bits: int) -> None:
 
 @pytest.mark.parametrize("group_size", [-1, 32, 100, 128, 192])
 @pytest.mark.parametrize("actorder", ["none", "group"])
-def test_lazy_blocks_change_nothing(
-    group_size: int, actorder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lazy_blocks_change_nothing(group_size: int, actorder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 128 against one block over all columns, also where groups straddle the blocks."""
     weight, hessian = correlated(8, 300)
     spec = QuantSpec(3, group_size, False, actorder)  # type: ignore[arg-type]
@@ -156,7 +154,11 @@ def test_unusable_hessian_is_reported(value: float) -> None:
     with pytest.raises(FactorizationError, match="not finite"):
         factorize(hessian, QuantSpec(4, 32, True), 0.01)
     with pytest.raises(FactorizationError, match="not positive definite"):
-        factorize(torch.eye(32) - 99 * torch.eye(32).roll(1, 0) - 99 * torch.eye(32).roll(1, 1), QuantSpec(4, 32, True), 0.01)
+        factorize(
+            torch.eye(32) - 99 * torch.eye(32).roll(1, 0) - 99 * torch.eye(32).roll(1, 1),
+            QuantSpec(4, 32, True),
+            0.01,
+        )
 
 
 def test_factor_inverts_the_hessian() -> None:

@@ -24,7 +24,9 @@ def oracle(weight: np.ndarray, bits: int, size: int, symmetric: bool) -> tuple[n
             if low == high:
                 low, high = np.float32(-1), np.float32(1)
             scale = np.float16(np.float32(high - low) / np.float32(2**bits - 1))
-            zero = 2 ** (bits - 1) if symmetric else np.clip(np.round(-low / np.float32(scale)), 0, 2**bits - 1)
+            zero = (
+                2 ** (bits - 1) if symmetric else np.clip(np.round(-low / np.float32(scale)), 0, 2**bits - 1)
+            )
             codes[row, group * size : (group + 1) * size] = np.clip(
                 np.round(part / np.float32(scale)) + zero, 0, 2**bits - 1
             )

@@ -6,6 +6,8 @@ admin-guide/cgroup-v2.rst and cgroup-v1/.
 """
 
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,6 +72,14 @@ def available_memory(root: Path = _ROOT) -> int:
         if limit is not None and used is not None:
             free.append(limit - max(0, used - _inactive_file(folder)))
     return max(0, min(free))
+
+
+def process_memory(root: Path = _ROOT) -> int:
+    """Bytes of memory this process holds now (resident set); its peak where only that is known."""
+    fields = (_read(root / "proc/self/statm") or "").split()
+    if len(fields) > 1 and fields[1].isdecimal():
+        return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def cpu_features(root: Path = _ROOT) -> frozenset[str]:

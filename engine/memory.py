@@ -62,7 +62,8 @@ def plan_kv_cache(
         remedy = f"use --max-model-len {largest} or less" if largest >= 2 else "free memory"
         raise ConfigError(
             f"--max-model-len {max_model_len}: one request of that length needs "
-            f"{gib(per_request * per_block)} of KV cache, but {limit} allows {gib(budget)}; {remedy}, or raise --kv-cache-memory"
+            f"{gib(per_request * per_block)} of KV cache, but {limit} allows {gib(budget)}; "
+            f"{remedy}, or raise --kv-cache-memory"
         )
     return KVPlan(num_blocks, num_blocks * per_block, per_block, num_blocks / per_request)
 

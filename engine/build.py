@@ -1,0 +1,165 @@
+"""From a configuration to an engine that can serve: device, threads, weights, KV cache, first forward."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..kernels.dispatch import Ops, Target
+from .check import check_weights_fit, estimate_weights, free_memory
+from .config import EngineConfig
+from .engine import Engine
+from .errors import ConfigError
+from .formats.registry import get_format
+from .formats.safetensors_files import SafetensorsFiles
+from .hardware import cpu_features, cpu_name, default_threads, process_memory
+from .memory import plan_kv_cache, resolve_max_model_len
+from .model.config import ModelConfig
+from .model.decoder import Decoder
+from .model.loader import LoadedModel, load_model, resolve_target
+from .model.plan import find_problems, problems_error, weight_plan
+from .model_files import ModelFiles
+from .plan import NewSequence, ScheduledSequence, StepPlan
+from .records import ModelInfo, SamplingParams
+from .runner import Runner, kv_cache_dtype
+
+Progress = Callable[[str, int, int, str], None]
+_WARM_UP_ID = -1  # no sequence of the engine has it
+
+
+def build_engine(config: EngineConfig, progress: Progress) -> tuple[Engine, ModelInfo]:
+    """Load ``config.model`` and make it ready. ``progress(phase, done, total, line)`` is told how far it is.
+
+    Errors: ConfigError for options and models that cannot work, before memory runs out where possible.
+    """
+    clock = _Clock()
+    num_threads = config.num_threads or default_threads()
+    _set_threads(num_threads)
+    files = ModelFiles(Path(config.model))
+    max_model_len = resolve_max_model_len(config, files.max_model_len())
+    eos_token_ids = files.eos_token_ids()
+    target = _plan_load(files, config)
+    clock.lap("check")
+    loaded = load_model(files, config, progress, target)
+    clock.lap("weights")
+    specs = loaded.config.kv_specs(kv_cache_dtype(target))
+    kv = plan_kv_cache(specs, config, max_model_len, _free_memory(config, target))
+    progress("kv cache", 1, 1, kv.line())
+    decoder = Decoder(loaded.config, loaded.weights, Ops.resolve(target), target.activation_dtype)
+    runner = Runner(decoder, specs, kv.num_blocks, config.block_size, eos_token_ids, config.seed)
+    clock.lap("kv_cache")
+    _warm_up(runner, len(specs), min(config.block_size, max_model_len) - 1, loaded)
+    progress("warm-up", 1, 1, "")
+    clock.lap("warm_up")
+    vocab = loaded.config.vocab_size
+    engine = Engine(config, runner, specs, kv.num_blocks, max_model_len, eos_token_ids, vocab)
+    spec = loaded.format.default_spec
+    info = ModelInfo(
+        architecture=loaded.config.architecture,
+        dtype=str(target.dtype).removeprefix("torch."),
+        device=target.device,
+        quant_method=loaded.format.quant_method,
+        bits=target.dtype.itemsize * 8 if spec is None else spec.num_bits,
+        group_size=0 if spec is None else spec.group_size,
+        kernel=loaded.report.main_kernel,
+        vocab_size=vocab,
+        max_model_len=max_model_len,
+        eos_token_ids=eos_token_ids,
+        weight_bytes=loaded.report.weight_bytes,
+        kv_bytes=kv.bytes,
+        num_kv_blocks=kv.num_blocks,
+        block_size=config.block_size,
+        num_threads=num_threads,
+        load_seconds=clock.total,
+        startup_seconds=clock.laps,
+        cpu_features=_cpu_line(),
+    )
+    return engine, info
+
+
+class _Clock:
+    """Seconds per phase, in order."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.monotonic()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        now = time.monotonic()
+        self.laps[phase] = now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        return self._last - self._started
+
+
+def _set_threads(num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
+    if torch.get_num_interop_threads() != 1:
+        # Refused once this process has used that pool (a test, a notebook): it then merely has idle threads.
+        with contextlib.suppress(RuntimeError):
+            torch.set_num_interop_threads(1)
+
+
+def _plan_load(files: ModelFiles, config: EngineConfig) -> Target:
+    """Device and dtype; refuses, before anything is read, what will not fit the memory."""
+    checkpoint_format = get_format(files.quantize_config)
+    slots = weight_plan(ModelConfig.from_dict(files.config))
+    with SafetensorsFiles(files.folder) as tensors:
+        target = resolve_target(config, checkpoint_format, tensors.tensors)
+        problems = find_problems(slots, checkpoint_format, tensors.tensors)
+        if problems:
+            raise problems_error(files.folder, problems)
+        estimate = estimate_weights(slots, checkpoint_format, tensors.tensors, target)
+    check_weights_fit(estimate.weight_bytes, _free_memory(config, target))
+    return target
+
+
+def _free_memory(config: EngineConfig, target: Target) -> int:
+    free = free_memory(target)
+    if config.memory_bytes is None:
+        return free
+    used = process_memory() if target.is_cpu else torch.cuda.memory_reserved(target.device)
+    return max(0, min(free, config.memory_bytes - used))
+
+
+def _warm_up(runner: Runner, num_groups: int, length: int, loaded: LoadedModel) -> None:
+    """A prompt and one more token through the whole path: libraries set up, and the output is finite."""
+    vocab = loaded.config.vocab_size
+    params = SamplingParams(max_tokens=2, temperature=0.0, seed=0)
+    prompt = tuple(index % vocab for index in range(length))
+    tables = ((0,),) * num_groups
+    first = ScheduledSequence(_WARM_UP_ID, prompt, 0, True, 0, tables)
+    plans = [
+        StepPlan(0, (first,), (NewSequence(_WARM_UP_ID, prompt, params),)),
+        StepPlan(0, (ScheduledSequence(_WARM_UP_ID, (0,), length, True, 1, tables),)),
+    ]
+    outputs = [output for plan in plans for output in runner.execute(plan).result()]
+    runner.execute(StepPlan(0, (), finished=(_WARM_UP_ID,))).result()
+    if any(output.error is not None for output in outputs):
+        runner.close()
+        dtype = str(loaded.target.dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"--dtype {dtype}: the model's output is not finite (NaN or "
+            "infinity); use --dtype float32, and if that fails too, the checkpoint is broken"
+        )
+
+
+def _cpu_line() -> str:
+    """The CPU's name and the features that kernels look for."""
+    wanted = (
+        "avx2",
+        "fma",
+        "f16c",
+        "avx512f",
+        "avx512_vnni",
+        "avx_vnni",
+        "avx512_bf16",
+        "amx_int8",
+        "asimddp",
+    )
+    features = cpu_features()
+    return " ".join([cpu_name(), *(name for name in wanted if name in features)]).strip()

@@ -38,7 +38,7 @@ def logprob(state: int, token: int) -> TokenLogprobs:
 
 def sample(state: int, params: SamplingParams, output_index: int) -> int | None:
     """The token after ``state``; None: an error. Masks stop ids below min_tokens as the real sampler does."""
-    if params.seed == FAULTY_SEED and state % 23 == 0:
+    if params.seed == FAULTY_SEED and state % 11 == 0:
         return None
     masked = set(params.stop_token_ids) | (set() if params.ignore_eos else set(EOS))
     tries = 0

@@ -24,7 +24,7 @@ def prompts(seed: int, count: int, longest: int) -> list[list[int]]:
     list(itertools.product((0, 1), (False, True), (9, 64), (8, 13, 256))),
 )
 def test_equals_oracle(lag: int, caching: bool, num_blocks: int, budget: int) -> None:
-    engine, executor = make_engine(
+    engine, _ = make_engine(
         num_blocks=num_blocks, lag=lag, enable_prefix_caching=caching, max_num_batched_tokens=budget
     )
     work = prompts(1, 30, 30)

@@ -42,7 +42,7 @@ class ChatTemplate:
     def from_folder(
         cls, folder: Path, special_tokens: Mapping[str, str], chat_template: str | None = None
     ) -> "ChatTemplate | None":
-        """The templates of a model's folder, or the one that ``--chat-template`` gives: a name, a path, or Jinja.
+        """The templates of a model's folder, or the one that ``--chat-template`` gives (name, path or Jinja).
 
         ``special_tokens``: ``Tokenizer.special_tokens``. None: the model has no template.
         Raises ConfigError if it cannot be read or is not valid Jinja.
@@ -115,7 +115,7 @@ class ChatTemplate:
 
 
 def find_templates(folder: Path) -> dict[str, str]:
-    """Name to source: chat_template.jinja and additional_chat_templates/NAME.jinja, else tokenizer_config.json's."""
+    """Name to source: chat_template.jinja, additional_chat_templates/*.jinja, or tokenizer_config.json's."""
     files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (single := folder / "chat_template.jinja").exists():
         files["default"] = single

@@ -3,14 +3,20 @@
 The objective is tr((W - Q) H (W - Q)^T) for the Hessian H = 2 E[x x^T] of a linear's inputs x.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...kernels.layout import PackedWeight, QuantSpec
+from ..model.config import ModelConfig
+from .calibrate import Calibration
 from .grid import Grid, fit, pack
-from .hessian import HessianFactor
+from .hessian import HessianFactor, factorize
+from .options import QuantizeOptions
+from .pipeline import QuantizedModule, Specs, blockwise
+from .source import Source
 
 LAZY_BLOCK = 128  # columns whose errors reach the columns after them in one matrix product
 
@@ -84,3 +90,50 @@ def sweep(
         loss += float(errors.square().sum(dtype=torch.float64))
         work[:, stop:] -= errors @ upper[start:stop, stop:]
     return Sweep(codes, grids, loss)
+
+
+@dataclass(frozen=True, slots=True)
+class GPTQ:
+    """damping: share of the Hessian's mean diagonal. mse: exponent of the search for ranges, 0: off."""
+
+    damping: float = 0.01
+    mse: float = 0.0
+    statistics = "one Hessian [K, K] in fp32 per distinct input, four in a decoder block, one at a time"
+
+    @classmethod
+    def from_options(cls, options: QuantizeOptions) -> "GPTQ":
+        """See Method."""
+        return cls(options.damping, options.mse)
+
+    def settings(self) -> dict[str, object]:
+        """See Method; GPTQModel's names where it has them."""
+        return {
+            "damp_percent": self.damping,
+            "mse": self.mse,
+            "true_sequential": True,
+            "static_groups": False,
+            "act_group_aware": False,
+        }
+
+    def peak_bytes(self, config: ModelConfig, num_tokens: int) -> int:
+        """Activations and rotary angles, one block in fp32, five [K, K] and five of the widest module."""
+        hidden, ffn = config.hidden_size, config.intermediate_size
+        heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        block = hidden * (2 * heads + 2 * kv_heads + 3 * ffn)
+        widest = max(ffn, heads, hidden)
+        return 4 * (num_tokens * (hidden + 2 * config.head_dim) + block + 5 * widest * (widest + hidden))
+
+    def prepare(self, hessian: Tensor, spec: QuantSpec) -> HessianFactor:
+        """See Rounder."""
+        return factorize(hessian, spec, self.damping)
+
+    def round(
+        self, weight: Tensor, stats: HessianFactor, spec: QuantSpec, exclude: Tensor | None = None
+    ) -> PackedWeight:
+        """See Rounder."""
+        return round_gptq(weight, stats, spec, self.mse, exclude)
+
+    def run(self, source: Source, calibration: Calibration | None, specs: Specs) -> Iterator[QuantizedModule]:
+        """See Method."""
+        assert calibration is not None
+        return blockwise(source, calibration, specs, self)

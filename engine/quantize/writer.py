@@ -1,0 +1,171 @@
+"""Writing a checkpoint as it comes: safetensors shards in a temporary folder that becomes the real one.
+
+Layout of a shard: 8 bytes little-endian length, the JSON header padded with spaces, the tensors without gaps.
+"""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+
+MAX_SHARD_BYTES = 5_000_000_000
+INDEX_NAME = "model.safetensors.index.json"
+_ENTRY_BYTES = 160  # bound of one header entry beside the tensor's name: dtype, shape, two offsets
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class _Shard:
+    """One file. The header's room is reserved first, since what it says is known only at the end."""
+
+    def __init__(self, path: Path, header_bytes: int) -> None:
+        self.path = path
+        self._room = -(-header_bytes // 8) * 8
+        self._file: BinaryIO = path.open("wb")
+        self._file.seek(8 + self._room)
+        self._header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._unaligned: list[tuple[str, Tensor]] = []
+        self.nbytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append; a tensor that would leave the next one unaligned waits for the end."""
+        if tensor.nbytes % 8:
+            self._unaligned.append((name, tensor))
+        else:
+            self._append(name, tensor)
+
+    def _append(self, name: str, tensor: Tensor) -> None:
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        self._file.write(data.numpy().data)
+        self._header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self.nbytes, self.nbytes + tensor.nbytes],
+        }
+        self.nbytes += tensor.nbytes
+
+    def close(self) -> None:
+        """Write what waits, widest first, then the header, and flush to the disk."""
+        for name, tensor in sorted(self._unaligned, key=lambda item: -item[1].element_size()):
+            self._append(name, tensor)
+        header = json.dumps(self._header, separators=(",", ":")).encode()
+        assert len(header) <= self._room
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def discard(self) -> None:
+        """Close without a header."""
+        self._file.close()
+
+
+class CheckpointWriter:
+    """A context manager: ``add`` tensors, ``add_file`` and ``add_json``, then ``commit``.
+
+    Until ``commit`` everything lies in a hidden folder beside ``out``, which leaving the context removes.
+    Holds one tensor at a time (and those of odd sizes of the current shard). Errors: ConfigError.
+    """
+
+    def __init__(self, out: Path, tensor_names: Iterable[str], overwrite: bool) -> None:
+        """``tensor_names``: all that may come, for the size of the headers."""
+        self.out = out
+        self._overwrite = overwrite
+        _refuse_existing(out, overwrite)
+        self._header_bytes = 64 + sum(len(json.dumps(name)) + _ENTRY_BYTES for name in tensor_names)
+        self._folder = out.parent / f".{out.name}.{os.getpid()}.partial"
+        self._shards: list[_Shard] = []
+        self._shard_of: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        try:
+            self._folder.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError(f"OUT {self.out}: cannot be written ({error.strerror})") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for shard in self._shards:
+            shard.discard()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ConfigError(f"OUT {self.out}: cannot be written ({error.strerror or error})") from error
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors so far."""
+        return sum(shard.nbytes for shard in self._shards)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append one tensor of the checkpoint."""
+        assert name not in self._shard_of
+        if not self._shards or self._shards[-1].nbytes + tensor.nbytes > MAX_SHARD_BYTES:
+            if self._shards:
+                self._shards[-1].close()
+            path = self._folder / f"part-{len(self._shards)}"
+            self._shards.append(_Shard(path, self._header_bytes))
+        self._shards[-1].add(name, tensor)
+        self._shard_of[name] = len(self._shards) - 1
+
+    def add_file(self, source: Path) -> None:
+        """Copy a file beside the weights."""
+        shutil.copyfile(source, self._folder / source.name)
+
+    def add_json(self, name: str, content: object) -> None:
+        """Write a JSON file beside the weights."""
+        (self._folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def commit(self) -> None:
+        """Finish the shards and move the folder to its place, the old one (with ``overwrite``) away."""
+        if self._shards:
+            self._shards[-1].close()
+        names = self._name_shards()
+        if len(names) > 1:
+            weight_map = {name: names[shard] for name, shard in sorted(self._shard_of.items())}
+            self.add_json(INDEX_NAME, {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map})
+        _refuse_existing(self.out, self._overwrite)
+        old = self._folder.with_suffix(".old")
+        if self.out.exists():
+            self.out.rename(old)
+        self._folder.rename(self.out)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _name_shards(self) -> list[str]:
+        total = len(self._shards)
+        if total == 1:
+            names = ["model.safetensors"]
+        else:
+            names = [f"model-{number + 1:05d}-of-{total:05d}.safetensors" for number in range(total)]
+        for shard, name in zip(self._shards, names, strict=True):
+            shard.path.rename(self._folder / name)
+        return names
+
+
+def _refuse_existing(out: Path, overwrite: bool) -> None:
+    if out.is_dir():
+        if any(out.iterdir()) and not overwrite:
+            raise ConfigError(f"OUT {out}: exists and is not empty; choose another folder or add --overwrite")
+    elif out.exists() or out.is_symlink():
+        raise ConfigError(f"OUT {out}: exists and is no folder; choose another name")

@@ -71,8 +71,8 @@ class CheckReport:
                 f"  {self.architecture}, {self.num_parameters:,} parameters, {self.quantization}; "
                 f"computed in {self.dtype} on {self.device}",
                 f"  weights: {gib(self.file_bytes)} on disk, {gib(self.weight_bytes)} as served",
-                f"  KV cache: {gib(self.kv_bytes_one_request)} for one request of {self.max_model_len} "
-                f"tokens, {gib(self.kv_bytes_all_requests)} for {many}; it would get {gib(self.kv_bytes_granted)}",
+                f"  KV cache: {gib(self.kv_bytes_one_request)} for one request of {self.max_model_len}, "
+                f"{gib(self.kv_bytes_all_requests)} for {many}; granted {gib(self.kv_bytes_granted)}",
                 f"  memory free now: {gib(self.free_bytes)}",
             ]
         lines += [f"  kernel {line}" for line in self.kernels]
@@ -80,7 +80,7 @@ class CheckReport:
 
 
 def check_model(folder: Path, config: EngineConfig | None = None) -> CheckReport:
-    """Check the model in ``folder`` for ``config``'s device, dtype, lengths and memory (None: the defaults)."""
+    """Check the model in ``folder`` for the device, dtype, lengths and memory of ``config`` (or defaults)."""
     config = config or EngineConfig(str(folder))
     report = CheckReport(str(folder), max_num_seqs=config.max_num_seqs)
     files = ModelFiles(folder)

@@ -130,10 +130,10 @@ def _batch_of_singles(group: list[PagedSequence], options: PlanOptions) -> Paged
     ]
     highs = [s.start + 1 - f * size for s, f in zip(group, firsts, strict=True)]
     num_pages = max(len(table) for table in tables)
-    skip, length = min(lows), max(highs) - min(lows)
+    skip, length = 0, num_pages * size
     mask = None
-    if min(highs) < max(highs) or min(lows) < max(lows):
-        column = torch.arange(skip, skip + length)
+    if min(highs) < length or max(lows) > 0:
+        column = torch.arange(length)
         seen = (column >= torch.tensor(lows)[:, None]) & (column < torch.tensor(highs)[:, None])
         mask = _additive(seen, options)[:, None, None, :]
     pages = _pages(tables, num_pages, options)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from nybble.engine.config import EngineConfig
 from nybble.engine.engine import Engine
 from nybble.engine.plan import PENDING, NewSequence, SampledOutput, ScheduledSequence, StepPlan
-from nybble.engine.records import FinishReason, KVSpec, SamplingParams, SequenceOutput, TokenLogprobs
+from nybble.engine.records import KVSpec, SamplingParams, SequenceOutput, TokenLogprobs
 
 VOCAB = 48
 EOS = (0, 1)
@@ -247,8 +247,3 @@ def essence(output: SequenceOutput) -> tuple[object, ...]:
         output.stop_token_id,
         output.error,
     )
-
-
-def finish_reasons(outputs: Sequence[SequenceOutput]) -> set[FinishReason | None]:
-    """The kinds of ending among ``outputs``."""
-    return {output.finish_reason for output in outputs}

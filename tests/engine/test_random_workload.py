@@ -141,7 +141,7 @@ def test_random_requests(count: int, lag: int, caching: bool, groups: int) -> No
     assert client.refused > 0
     assert len(client.aborted) > count // 40
     assert stats.num_preemptions > count // 30
-    assert (stats.prefix_cache_hits > count) == caching
+    assert (stats.prefix_cache_hits > count // 4) == caching
     assert any(
         work.start > 0 and len(work.token_ids) > 1 for plan in executor.plans for work in plan.scheduled
     )

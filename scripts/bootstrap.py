@@ -74,13 +74,22 @@ def wanted_torch(environ, driver):
     return choice
 
 
-def torch_requirement():
-    """The requirement on torch in pyproject.toml, such as ``torch>=2.11,<2.14``."""
+def requirements():
+    """The dependencies in pyproject.toml."""
     import tomllib
 
     with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
-        requirements = tomllib.load(file)["project"]["dependencies"]
-    return next(r for r in requirements if re.match(r"torch\s*[<>=!~]", r))
+        return tomllib.load(file)["project"]["dependencies"]
+
+
+def torch_requirement():
+    """The one on torch, such as ``torch>=2.11,<2.14``."""
+    return next(r for r in requirements() if re.match(r"torch\s*[<>=!~]", r))
+
+
+def image_requirements(wanted):
+    """What a container image needs: all but Triton, which a CPU never reaches and which is large."""
+    return [r for r in requirements() if wanted == "cuda" or not r.startswith("triton")]
 
 
 def release(version):
@@ -218,6 +227,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description="Make Nybble's environment.")
     parser.add_argument("--venv", default=os.path.join(ROOT, ".venv"))
     parser.add_argument("--extras", default="", help="extras of pyproject.toml, comma separated")
+    parser.add_argument("--image", action="store_true", help="for a container: dependencies, not the package")
     options = parser.parse_args(arguments)
     check_python()
     venv = os.path.abspath(options.venv)
@@ -231,6 +241,9 @@ def main(arguments=None):
     make_venv(venv)
     installer = Installer(venv, os.environ.get("TORCH_INDEX", ""))
     installer.install_torch(wanted)
+    if options.image:
+        installer.install(*image_requirements(wanted))
+        return
     say(f"installing nybble{suffix}")
     installer.install("--editable", ROOT + suffix)
     stamp.write(extras)

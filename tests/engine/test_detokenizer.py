@@ -69,7 +69,7 @@ def random_ids(draw, tokenizer):
     return [token_id for piece in draw(st.lists(pieces, max_size=4)) for token_id in piece]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data(), skip=st.booleans())
 def test_deltas_join_to_the_decoded_text(tokenizer, data, skip):
     ids = random_ids(data.draw, tokenizer)
@@ -88,7 +88,7 @@ def test_deltas_join_to_the_decoded_text(tokenizer, data, skip):
     assert offsets == sorted(offsets)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data(), include=st.booleans())
 def test_text_ends_at_the_first_stop_string(tokenizer, data, include):
     ids = random_ids(data.draw, tokenizer)

@@ -56,7 +56,7 @@ def test_encode_of_random_text_equals_transformers(pair, text):
     assert ours.encode(text) == theirs.encode(text)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data(), skip=st.booleans())
 def test_decode_equals_transformers(pair, data, skip):
     ours, theirs = pair
@@ -77,11 +77,11 @@ def test_special_tokens_equal_transformers(pair):
 
 def test_token_bytes_join_to_the_text(pair):
     ours, _ = pair
-    text = "An 你好 😀 naïve end"
+    text = "An 你好 \U00010348 naïve end"
     ids = ours.encode(text, add_special_tokens=False)
     assert b"".join(ours.token_bytes(i) for i in ids).decode().strip() == text.strip()
     assert all(ours.token_text(i) == ours.token_bytes(i).decode("utf-8", "replace") for i in ids)
-    assert any("\ufffd" in ours.token_text(i) for i in ids)  # the emoji is several tokens
+    assert any("\ufffd" in ours.token_text(i) for i in ids)  # the rare letter is several tokens
 
 
 def test_ids_that_do_not_exist_give_nothing(pair):

@@ -1,0 +1,225 @@
+"""From options to a running server, and out again: engine, signals, drain, exit codes."""
+
+import asyncio
+import gc
+import ipaddress
+import json
+import logging
+import os
+import shlex
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import uvicorn
+import uvloop
+from starlette.types import ASGIApp
+
+from ..engine.client import EngineClient
+from ..engine.errors import ConfigError
+from ..engine.model_files import resolve_model
+from ..engine.records import EngineStats
+from .app import build_app
+from .engine_metrics import EngineCollector, EngineTotals, report_load
+from .gateway import Gateway, Phase
+from .limits import Admission
+from .metrics import Metrics
+from .models import ModelTable, ServedModel, load_model, served_name
+from .settings import Settings, limit_tokenizer_threads
+from .sockets import LimitedProtocol, bind
+
+logger = logging.getLogger("nybble")
+
+EXIT_OK, EXIT_ENGINE = 0, 1
+_FLUSH_SECONDS = 2  # for the last words to clients once the drain's time is up
+_POLL_SECONDS = 0.05
+
+
+def serve(settings: Settings) -> int:
+    """Run a server until it is told to stop; the process's exit code.
+
+    Errors: ConfigError where an option, the model or the port cannot work.
+    """
+    started = time.monotonic()
+    logging.basicConfig(
+        stream=sys.stderr, level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
+    )
+    limit_tokenizer_threads()
+    with bind(settings.host, settings.port) as listener:
+        folder = resolve_model(settings.model, settings.revision)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_serve(settings, folder, listener, started))
+
+
+async def _serve(settings: Settings, folder: Path, listener: socket.socket, started: float) -> int:
+    metrics = Metrics(served_name(settings), settings.vllm_metrics)
+    totals = EngineTotals()
+
+    def on_stats(stats: EngineStats) -> None:
+        totals.update(stats)
+        metrics.step(stats)
+
+    client = EngineClient(
+        settings.engine_config(folder),
+        watchdog_seconds=settings.hang_timeout,
+        on_stats=on_stats,
+        on_log=logger.info,
+    )
+    await client.start()  # it loads while the gateway gets itself ready
+    try:
+        model = load_model(settings, folder, client, int(time.time()))
+        admission = Admission(settings.max_num_seqs, settings.max_queued_requests, settings.max_queued_tokens)
+        gateway = Gateway(settings, ModelTable([model]), metrics, admission)
+        phases = {"gateway": time.monotonic() - started}
+        metrics.registry.register(EngineCollector(model, totals, phases))
+
+        def announce() -> None:
+            phases["total"] = time.monotonic() - started
+            print(_greeting(settings, model, listener, phases["total"]), flush=True)
+
+        return await Lifecycle(gateway, client, listener).run(announce)
+    finally:
+        await client.stop()
+
+
+class Lifecycle:
+    """Serve until a signal or the engine's end; then drain."""
+
+    def __init__(self, gateway: Gateway, client: EngineClient, listener: socket.socket) -> None:
+        self._gateway = gateway
+        self._client = client
+        self._listener = listener
+        self._signal: signal.Signals | None = None
+        self._stop = asyncio.Event()
+        self._server = _Server(build_app(gateway), gateway)
+
+    async def run(self, announce: Callable[[], None]) -> int:
+        """``announce`` is called once the model answers. Returns the exit code. Errors: ConfigError."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
+        metrics = self._gateway.metrics
+        model = self._gateway.models.all()[0]
+        helpers = [
+            asyncio.create_task(self._announce(announce)),
+            asyncio.create_task(report_load(model, metrics)),
+        ]
+        waits = [asyncio.create_task(event.wait()) for event in (self._stop, self._client.gave_up)]
+        try:
+            await asyncio.wait([*waits, serving], return_when=asyncio.FIRST_COMPLETED)
+            if not self._client.gave_up.is_set():
+                await self._drain()
+            self._gateway.phase = Phase.CLOSED
+            await self._client.stop()  # what still runs ends with an error event
+        finally:
+            for task in (*helpers, *waits):
+                task.cancel()
+            self._server.should_exit = True
+            await serving
+        return self._exit_code()
+
+    async def _announce(self, announce: Callable[[], None]) -> None:
+        await self._client.ready.wait()
+        gc.collect()
+        gc.freeze()  # what the start has made stays: later collections need not look at it
+        announce()
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._signal is not None:  # the second one: no time for manners
+            if (pid := self._client.pid) is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            os._exit(128 + number)
+        self._signal = number
+        self._stop.set()
+
+    async def _drain(self) -> None:
+        """Unready, then closed to new requests, until the running ones are done or the time is up."""
+        settings, admission = self._gateway.settings, self._gateway.admission
+        self._gateway.phase = Phase.DRAINING
+        # Routers need time to see /ready fail; at a terminal there is none to wait for.
+        delay = settings.drain_delay if self._signal is signal.SIGTERM else 0.0
+        logger.info(
+            "stopping: %d requests run; taking new ones for %g s more, then waiting up to %g s",
+            admission.requests,
+            delay,
+            settings.drain_timeout,
+        )
+        await asyncio.sleep(delay)
+        self._gateway.phase = Phase.CLOSED
+        deadline = time.monotonic() + settings.drain_timeout
+        while admission.requests and time.monotonic() < deadline:
+            await asyncio.sleep(_POLL_SECONDS)
+        if admission.requests:
+            logger.warning("%d requests did not finish in time; they end with an error", admission.requests)
+
+    def _exit_code(self) -> int:
+        failure = self._client.failure
+        if isinstance(failure, ConfigError):
+            raise failure
+        if failure is not None:
+            logger.error("%s", failure)
+            return EXIT_ENGINE
+        return EXIT_OK
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server without its signals and its polling."""
+
+    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=LimitedProtocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level=None if gateway.settings.log_level == "debug" else "warning",
+                access_log=False,
+                workers=1,
+                proxy_headers=False,
+                server_header=False,
+                timeout_keep_alive=75,  # beyond the usual 60 s of proxies, or they meet a closing socket
+                timeout_graceful_shutdown=_FLUSH_SECONDS,
+            )
+        )
+        self._gateway = gateway
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are Lifecycle's."""
+        yield
+
+    async def main_loop(self) -> None:
+        """Until told to stop; the date header needs a tick each second."""
+        while not await self.on_tick(0):
+            if self._gateway.phase is not Phase.SERVING:
+                # Clients that keep their connection would never meet another server.
+                self.server_state.default_headers = [
+                    *self.server_state.default_headers,
+                    (b"connection", b"close"),
+                ]
+            for _ in range(10):
+                if self.should_exit:
+                    return
+                await asyncio.sleep(0.1)
+
+
+def _greeting(settings: Settings, model: ServedModel, listener: socket.socket, seconds: float) -> str:
+    """Where the server is, and a line to copy and paste."""
+    host, port = listener.getsockname()[:2]
+    if ipaddress.ip_address(host).is_unspecified:
+        host = "::1" if ":" in host else "127.0.0.1"
+    host = f"[{host}]" if ":" in host else host
+    body = json.dumps({"model": model.name, "prompt": "Once upon a time", "max_tokens": 48})
+    key = ' -H "Authorization: Bearer $NYBBLE_API_KEY"' if settings.api_key else ""
+    where = f"http://{host}:{port}"
+    return (
+        f"{model.name} is ready at {where} after {seconds:.1f} s. Try:\n"
+        f"curl {where}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
+    )

@@ -1,0 +1,111 @@
+"""What is served: a name, its tokenizer, template and engine; and the routes that list it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..engine.chat_template import ChatTemplate
+from ..engine.client import EngineClient
+from ..engine.errors import EngineError
+from ..engine.model_files import ModelFiles
+from ..engine.records import ModelInfo
+from ..engine.tokenizer import Tokenizer
+from .errors import ModelNotFoundError
+from .settings import Settings
+
+DEMO_NAME = "nybble-demo"
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One model and the engine that runs it.
+
+    sampling_defaults: under SamplingParams' names, from generation_config ({} where that is turned off).
+    stated_max_model_len: what --max-model-len or the model's files say, until the engine has said it.
+    """
+
+    name: str
+    created: int
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    client: EngineClient
+    sampling_defaults: dict[str, float | int]
+    stated_max_model_len: int
+
+    @property
+    def info(self) -> ModelInfo:
+        """What the engine loaded. Errors: EngineError while it is not ready."""
+        info = self.client.info
+        if info is None or not self.client.ready.is_set():
+            raise EngineError(f"the engine of model '{self.name}' is not ready: {self._state()}; try again")
+        return info
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a prompt and its output at most."""
+        info = self.client.info
+        return self.stated_max_model_len if info is None else info.max_model_len
+
+    def _state(self) -> str:
+        if self.client.gave_up.is_set():
+            return "it failed and is not started again"
+        return "it is being restarted" if self.client.restarts else "it is loading"
+
+    def card(self) -> dict[str, Any]:
+        """OpenAI's model object, with vLLM's ``root``, ``parent`` and ``max_model_len``."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "nybble",
+            "root": self.name,
+            "parent": None,
+            "max_model_len": self.max_model_len,
+        }
+
+
+class ModelTable:
+    """Models by name."""
+
+    def __init__(self, models: list[ServedModel]) -> None:
+        self._models = {model.name: model for model in models}
+
+    def get(self, name: str | None) -> ServedModel:
+        """The model of that name, or the only one where a request names none. Errors: ModelNotFoundError."""
+        if name is None and len(self._models) == 1:
+            return next(iter(self._models.values()))
+        model = self._models.get(name or "")
+        if model is None:
+            served = ", ".join(f"'{known}'" for known in self._models)
+            asked = f"'{name:.200}'" if name else "(none named)"
+            raise ModelNotFoundError(f"the model {asked} does not exist; served: {served}", param="model")
+        return model
+
+    def all(self) -> list[ServedModel]:
+        """In the order in which they were given."""
+        return list(self._models.values())
+
+
+def served_name(settings: Settings) -> str:
+    """--served-model-name, else the hub id, the folder's name, or the demo's."""
+    if settings.served_model_name is not None:
+        return settings.served_model_name
+    if settings.model is None:
+        return DEMO_NAME
+    folder = Path(settings.model).expanduser()
+    return folder.resolve().name if folder.is_dir() else settings.model
+
+
+def load_model(settings: Settings, folder: Path, client: EngineClient, created: int) -> ServedModel:
+    """What the gateway itself needs of the model in ``folder``. Errors: ConfigError."""
+    files = ModelFiles(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    return ServedModel(
+        name=served_name(settings),
+        created=created,
+        tokenizer=tokenizer,
+        chat_template=ChatTemplate.from_folder(folder, tokenizer.special_tokens, settings.chat_template),
+        client=client,
+        sampling_defaults=files.sampling_defaults() if settings.generation_config == "auto" else {},
+        stated_max_model_len=settings.max_model_len or files.max_model_len(),
+    )

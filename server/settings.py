@@ -1,0 +1,178 @@
+"""The server's options: one frozen record. The only place where the environment is read (and set)."""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from ..engine.config import Device, DType, EngineConfig
+from ..engine.errors import ConfigError
+from ..engine.tokenizer import POOL_ENVIRONMENT
+
+PREFIX = "NYBBLE_"
+# Read by the Makefile's bootstrap, not by the server.
+_OTHERS = frozenset({"NYBBLE_TORCH"})
+# What Kubernetes sets in every pod for a Service named "nybble", unless enableServiceLinks is false.
+_SERVICE_LINK = re.compile(
+    r"NYBBLE_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP)(_(PROTO|PORT|ADDR))?)"
+)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", re.IGNORECASE)
+_POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parse_size(value: object) -> object:
+    """Bytes of "2GiB", "512MB", "1.5G" (G is GiB, GB is 10**9) or a plain number; else the value itself."""
+    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        return value
+    number, unit, binary = match.groups()
+    if unit is None:
+        return int(float(number))
+    decimal = not binary and isinstance(value, str) and value.strip()[-1] in "bB"
+    return int(float(number) * (1000 if decimal else 1024) ** _POWERS[unit.upper()])
+
+
+def _split_keys(value: object) -> object:
+    return tuple(value.split()) if isinstance(value, str) else value
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+Seconds = Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)]
+
+
+class Settings(BaseSettings):
+    """Every option of ``nybble serve``. From the command line, else NYBBLE_<NAME>, else the default."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, extra="forbid", frozen=True, env_ignore_empty=False, protected_namespaces=()
+    )
+
+    model: str | None = Field(None, description="a folder, or a hub id (owner/name); default: the demo model")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    served_model_name: str | None = Field(
+        None,
+        min_length=1,
+        max_length=256,
+        description="name of the model in the API (default: its hub id or folder)",
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    chat_template: str | None = Field(
+        None, description="a Jinja file, or the name of one of the model's templates"
+    )
+    generation_config: Literal["auto", "none"] = Field(
+        "auto", description="auto: the model's generation_config.json gives the sampling defaults"
+    )
+
+    device: Device = Field("auto", description="where the model runs")
+    dtype: DType = Field("auto", description="what the model computes in")
+    max_model_len: int | None = Field(
+        None, description="longest prompt + output, in tokens (default: the model's)"
+    )
+    max_num_seqs: int = Field(64, description="sequences that run at once")
+    max_num_batched_tokens: int = Field(2048, description="tokens computed in one step at most")
+    block_size: int = Field(16, description="tokens in a block of the KV cache")
+    kv_cache_memory: Size | None = Field(
+        None,
+        description="bytes of the KV cache, as 2GiB (default: what is needed, at most half of what is free)",
+    )
+    num_threads: int | None = Field(
+        None, description="the engine's threads (default: the physical cores it may use)"
+    )
+    prefix_caching: bool = Field(True, description="let requests share the KV cache of equal beginnings")
+    lag: int = Field(1, description="steps planned ahead of the one that runs: 0 or 1")
+    seed: int = Field(0, ge=-(2**63), lt=2**63, description="seed of the requests that bring none")
+
+    api_key: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (),
+        description="a key that requests must bring; repeatable (NYBBLE_API_KEY: separated by spaces)",
+    )
+    max_queued_requests: int = Field(
+        256, ge=1, description="sequences that may wait for their turn; more get a 429"
+    )
+    max_queued_tokens: int = Field(1 << 20, ge=1, description="prompt tokens that may wait; more get a 429")
+    max_body_size: Size = Field(32 << 20, ge=1024, description="bytes of a request's body at most, as 32MiB")
+    drain_delay: Seconds = Field(
+        5.0, description="seconds after SIGTERM in which new requests are still served while /ready fails"
+    )
+    drain_timeout: Seconds = Field(
+        30.0, description="seconds after that in which running requests may finish"
+    )
+    hang_timeout: float = Field(
+        120.0,
+        gt=0,
+        le=86400,
+        allow_inf_nan=False,
+        description="seconds without a step, with work to do, until it is a hang",
+    )
+    vllm_metrics: bool = Field(
+        False, description="/metrics also shows the vllm: names that gateways and scalers read"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
+
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _keys(cls, value: object) -> object:
+        return _split_keys(value)
+
+    @field_validator("api_key")
+    @classmethod
+    def _not_blank(cls, keys: tuple[SecretStr, ...], info: Any) -> tuple[SecretStr, ...]:
+        for key in keys:
+            text = key.get_secret_value()
+            if not text or any(character.isspace() for character in text):
+                raise ValueError("a key must not be empty or hold blanks")
+        return keys
+
+    def engine_config(self, folder: Path) -> EngineConfig:
+        """What the engine needs of these options. Errors: ConfigError."""
+        return EngineConfig(
+            model=str(folder),
+            device=self.device,
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            block_size=self.block_size,
+            kv_cache_memory=self.kv_cache_memory,
+            num_threads=self.num_threads,
+            enable_prefix_caching=self.prefix_caching,
+            lag=self.lag,
+            seed=self.seed,
+            generation_config=self.generation_config,
+        )
+
+
+def option_name(field: str, given: object = None) -> str:
+    """The command-line spelling of a field."""
+    name = field.replace("_", "-")
+    return f"--no-{name}" if given is False else f"--{name}"
+
+
+def load_settings(given: dict[str, Any]) -> Settings:
+    """Settings from the command line's ``given`` values and the environment. Errors: ConfigError."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for name in sorted(os.environ):
+        upper = name.upper()
+        if upper.startswith(PREFIX) and upper not in known | _OTHERS and not _SERVICE_LINK.fullmatch(upper):
+            raise ConfigError(f"{name}: no such option; unset it, or see nybble serve --help for the names")
+    if os.environ.get("NYBBLE_PORT", "").startswith("tcp://"):
+        given = {"port": Settings.model_fields["port"].default, **given}
+    if os.environ.get("NYBBLE_API_KEY", "unset").strip() == "" and "api_key" not in given:
+        raise ConfigError("NYBBLE_API_KEY is empty: set a key, or unset it to serve without one")
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        field = str(first["loc"][0]) if first["loc"] else "options"
+        value = "" if field == "api_key" else f" {first['input']!r:.80}"
+        source = "" if field in given else f" (from {PREFIX}{field.upper()})"
+        raise ConfigError(f"{option_name(field)}{value}{source}: {first['msg']}") from error
+
+
+def limit_tokenizer_threads() -> None:
+    """One thread for the pool inside `tokenizers`: the cores are the engine's. Call before any encode."""
+    os.environ.update(POOL_ENVIRONMENT)

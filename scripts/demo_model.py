@@ -192,6 +192,7 @@ def export_weights(model: Llama, folder: Path, bos: int, eos: list[int]) -> None
     weights = {k: v.detach().to(torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
     partial = folder / "model.safetensors.part"
     save_file(weights, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)
     partial.replace(folder / "model.safetensors")
     sampling = {
         "bos_token_id": bos,

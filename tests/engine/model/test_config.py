@@ -45,7 +45,8 @@ def test_defaults_are_those_of_transformers() -> None:
 
 
 def test_biases_and_norms_by_family() -> None:
-    assert not (read(LLAMA).qkv_bias or read(LLAMA).o_bias or read(LLAMA).mlp_bias or read(LLAMA).qk_norm)
+    plain = read(LLAMA)
+    assert not any((plain.qkv_bias, plain.o_bias, plain.mlp_bias, plain.qk_norm))
     biased = read(LLAMA, attention_bias=True, mlp_bias=True)
     assert biased.qkv_bias
     assert biased.o_bias

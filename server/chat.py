@@ -59,13 +59,16 @@ async def render(body: TemplateBody, model: ServedModel, extra: dict[str, Any] |
             )
         add_generation_prompt = False
     messages = from_openai([message.model_dump(exclude_unset=True) for message in body.messages])
-    return await asyncio.to_thread(
-        template.render,
-        messages,
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-        template_kwargs={**(extra or {}), **body.chat_template_kwargs},
-    )
+    try:
+        return await asyncio.to_thread(
+            template.render,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            template_kwargs={**(extra or {}), **body.chat_template_kwargs},
+        )
+    except RequestError as error:
+        raise RequestError(error.message, param=error.param or "messages") from error
 
 
 class ChatWriter:

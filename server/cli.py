@@ -104,3 +104,7 @@ def _metavar(field: FieldInfo) -> str | None:
     if field.annotation is bool:
         return None
     return {int: "N", float: "SECONDS", str: "TEXT"}.get(kinds[0], "TEXT")
+
+
+if __name__ == "__main__":
+    main()

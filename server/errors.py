@@ -19,19 +19,6 @@ from ..engine.errors import (
 
 RETRY_SECONDS = 1  # Retry-After where we cannot know better: the engine restarts, or the server drains
 
-# error class: (status, OpenAI's type, code)
-STATUS: dict[type[NybbleError], tuple[int, str, str | None]] = {
-    RequestError: (400, "invalid_request_error", None),
-    ConfigError: (400, "invalid_request_error", None),
-    AuthError: (401, "invalid_request_error", "invalid_api_key"),
-    ForbiddenError: (403, "invalid_request_error", "forbidden"),
-    NotFoundError: (404, "invalid_request_error", "not_found"),
-    ConflictError: (409, "invalid_request_error", "conflict"),
-    OverloadedError: (429, "rate_limit_error", "queue_full"),
-    EngineError: (503, "service_unavailable", "engine_unavailable"),
-    NybbleError: (500, "server_error", None),
-}
-
 
 class ModelNotFoundError(NotFoundError):
     """No model of that name is served."""
@@ -57,10 +44,22 @@ class HttpError(RequestError):
         self.status = status
 
 
-STATUS[ModelNotFoundError] = (404, "invalid_request_error", "model_not_found")
-STATUS[ContextLengthError] = (400, "invalid_request_error", "context_length_exceeded")
-STATUS[BodyTooLargeError] = (413, "invalid_request_error", "body_too_large")
-STATUS[MediaTypeError] = (415, "invalid_request_error", "unsupported_media_type")
+# error class: (status, OpenAI's type, code)
+STATUS: dict[type[NybbleError], tuple[int, str, str | None]] = {
+    RequestError: (400, "invalid_request_error", None),
+    ConfigError: (400, "invalid_request_error", None),
+    AuthError: (401, "invalid_request_error", "invalid_api_key"),
+    ForbiddenError: (403, "invalid_request_error", "forbidden"),
+    ModelNotFoundError: (404, "invalid_request_error", "model_not_found"),
+    ContextLengthError: (400, "invalid_request_error", "context_length_exceeded"),
+    BodyTooLargeError: (413, "invalid_request_error", "body_too_large"),
+    MediaTypeError: (415, "invalid_request_error", "unsupported_media_type"),
+    NotFoundError: (404, "invalid_request_error", "not_found"),
+    ConflictError: (409, "invalid_request_error", "conflict"),
+    OverloadedError: (429, "rate_limit_error", "queue_full"),
+    EngineError: (503, "service_unavailable", "engine_unavailable"),
+    NybbleError: (500, "server_error", None),
+}
 
 
 def status_of(error: NybbleError) -> int:

@@ -95,7 +95,7 @@ class Lifecycle:
         self._listener = listener
         self._signal: signal.Signals | None = None
         self._stop = asyncio.Event()
-        self._server = _Server(build_app(gateway), gateway)
+        self._server = HttpServer(build_app(gateway), gateway)
 
     async def run(self, announce: Callable[[], None]) -> int:
         """``announce`` is called once the model answers. Returns the exit code. Errors: ConfigError."""
@@ -168,7 +168,7 @@ class Lifecycle:
         return EXIT_OK
 
 
-class _Server(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """uvicorn's server without its signals and its polling."""
 
     def __init__(self, app: ASGIApp, gateway: Gateway) -> None:

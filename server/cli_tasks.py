@@ -1,0 +1,276 @@
+"""The commands ``check``, ``quantize`` and ``eval``: each starts a task process and shows what it reports."""
+
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from ..engine.config import Device, DType
+from ..engine.errors import ConfigError
+from .settings import parse_size
+
+STOP_SECONDS = 15.0  # what an interrupted task may take to remove its files
+WORST_MODULES = 12  # rows of the table of errors
+GIVE_UP = 1  # exit code where the task failed through no fault of the user
+
+Json = dict[str, Any]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a hub id (owner/name).")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads. [default: physical cores]")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """Say whether MODEL will load and how much memory it needs. Reads only headers and configuration."""
+
+    model: Model
+    revision: Revision = None
+    device: Annotated[Device, typer.Option(help="Where it would run.")] = "auto"
+    dtype: Annotated[DType, typer.Option(help="What it would be computed in.")] = "auto"
+    max_model_len: Annotated[int | None, typer.Option(metavar="N", help="Longest request, in tokens.")] = None
+    max_num_seqs: Annotated[int, typer.Option(metavar="N", help="Requests at a time.")] = 64
+    kv_cache_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory for the KV cache, as in 2GiB.")
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantize:
+    """Compress MODEL into the new folder OUT, a checkpoint of the GPTQ family."""
+
+    model: Model
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write.")]
+    method: Annotated[str, typer.Option(help="gptq, or rtn (round to nearest).")] = "gptq"
+    revision: Revision = None
+    bits: Annotated[int, typer.Option(metavar="2|3|4|8", help="Bits of a weight.")] = 4
+    group_size: Annotated[int, typer.Option(metavar="N", help="Inputs per scale; -1: a whole row.")] = 128
+    symmetric: Annotated[
+        bool, typer.Option("--sym/--asym", help="The zero point in the middle, or one for each group.")
+    ] = True
+    actorder: Annotated[
+        Literal["none", "group"], typer.Option(help="group: most important inputs first (stored g_idx).")
+    ] = "none"
+    checkpoint_format: Annotated[
+        Literal["gptq", "gptq_v2"] | None, typer.Option(help="[default: gptq for --sym, gptq_v2 for --asym]")
+    ] = None
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Text; <|endoftext|> separates documents. [default: built in]"),
+    ] = None
+    num_samples: Annotated[int, typer.Option(metavar="N", help="Calibration sequences.")] = 128
+    seq_len: Annotated[int, typer.Option(metavar="N", help="Their longest length, in tokens.")] = 2048
+    damping: Annotated[float, typer.Option(help="Share of the Hessian's mean diagonal.")] = 0.01
+    mse: Annotated[float, typer.Option(help="Search ranges by |error|^MSE, 2.4 is usual; 0: off.")] = 0.0
+    seed: Annotated[int, typer.Option(metavar="N", help="Order of the calibration documents.")] = 0
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False
+    num_threads: Threads = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluate:
+    """Score MODEL on text: negative log-likelihood, perplexity, bits per byte; its distance to ORIGINAL."""
+
+    model: Model
+    text: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Text; <|endoftext|> separates documents. [default: built in]"),
+    ] = None
+    against: Annotated[str | None, typer.Option(metavar="ORIGINAL", help="A model to compare with.")] = None
+    revision: Revision = None
+    dtype: Annotated[DType, typer.Option(help="What to compute in.")] = "float32"
+    max_len: Annotated[int | None, typer.Option(metavar="N", help="Context. [default: the model's]")] = None
+    max_documents: Annotated[int | None, typer.Option(metavar="N", help="Score only the first ones.")] = None
+    num_threads: Threads = None
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to ``app``."""
+    app.command("check")(_command(Check, _check))
+    app.command("quantize")(_command(Quantize, _quantize))
+    app.command("eval")(_command(Evaluate, _evaluate))
+
+
+def _command(record: type[Any], action: Callable[[Any], None]) -> Callable[..., None]:
+    """A typer command whose parameters are the fields of ``record``."""
+
+    def command(**given: Any) -> None:
+        action(record(**given))
+
+    hints = get_type_hints(record, include_extras=True)
+    parameters = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(record)
+    ]
+    command.__doc__ = record.__doc__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {}
+    return command
+
+
+def _check(given: Check) -> None:
+    options = asdict(given) | {"kv_cache_memory": _bytes("--kv-cache-memory", given.kv_cache_memory)}
+    report = run_task("check", options)
+    for line in report["lines"]:
+        typer.echo(line)
+    if not report["loads"]:
+        raise typer.Exit(2)
+
+
+def _bytes(option: str, value: str | None) -> int | None:
+    if value is None:
+        return None
+    size = parse_size(value)
+    if not isinstance(size, int):
+        raise ConfigError(f"{option} {value}: give bytes, or a size such as 512MiB or 2GB")
+    return size
+
+
+def _quantize(given: Quantize) -> None:
+    summary = run_task("quantize", asdict(given))
+    if summary["modules"]:
+        _print_errors(summary["modules"])
+    for name, reason in summary["dense"].items():
+        typer.echo(f"dense: {name} ({reason})")
+    for warning in summary["warnings"]:
+        typer.echo(f"warning: {warning}")
+    before, after = summary["bytes_before"], summary["bytes_after"]
+    typer.echo(
+        f"{summary['out']}: {_size(before)} -> {_size(after)} ({before / after:.2f} times smaller), "
+        f"{summary['bits_per_weight']:.2f} bits per weight, all bytes counted"
+    )
+    if summary["bits_per_quantized_weight"] is not None:
+        typer.echo(
+            f"{len(summary['modules'])} modules quantized, {summary['bits_per_quantized_weight']:.2f} bits per "
+            f"weight with scales, zeros and order; {len(summary['dense'])} left dense"
+        )
+    typer.echo(f"{summary['seconds']:.1f} s, peak memory {_size(summary['peak_rss_bytes'])}")
+    typer.echo(f"what it cost: nybble eval {summary['out']} --against {given.model}")
+
+
+def _print_errors(modules: list[Json]) -> None:
+    """The modules with the largest errors, of outputs where they are known."""
+    # Imported here: the gateway, which this module is a part of, has no use for tables.
+    from rich.console import Console
+    from rich.table import Table
+
+    key = "weight_error" if any(m["output_error"] is None for m in modules) else "output_error"
+    worst = sorted(modules, key=lambda module: -float(module[key]))[:WORST_MODULES]
+    table = Table("module", "output error", "weight error", "damping", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for module in worst:
+        shown = [module["output_error"], module["weight_error"], module["damping"]]
+        table.add_row(module["name"], *("-" if value is None else f"{value:.3g}" for value in shown))
+    mean = sum(float(module[key]) for module in modules) / len(modules)
+    title = f"largest of {len(modules)} errors" if len(modules) > len(worst) else "errors"
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"{title}, relative and squared; mean {key.replace('_', ' ')} {mean:.3g}")
+    console.print(table)
+
+
+def _evaluate(given: Evaluate) -> None:
+    found = run_task("evaluate", asdict(given))
+    typer.echo(
+        f"{found['num_tokens']} tokens, {found['num_bytes']} bytes of {found['text']}, {found['dtype']}"
+    )
+    typer.echo(f"NLL per token   {found['nll_per_token']:.4f} nats")
+    typer.echo(f"perplexity      {found['perplexity']:.4f}")
+    typer.echo(f"bits per byte   {found['bits_per_byte']:.4f}")
+    if "kl_per_token" in found:
+        typer.echo(f"KL per token    {found['kl_per_token']:.5f} nats from {given.against}")
+        typer.echo(f"top-1 agreement {100 * found['top1_agreement']:.2f} %")
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.1f} {unit}" if unit != "B" else f"{num_bytes:.0f} B"
+        num_bytes /= 1024
+    return f"{num_bytes:.2f} GiB"
+
+
+def run_task(name: str, options: Json) -> Json:
+    """Run the task ``name`` in a child process, its progress as a bar on stderr. Returns its result.
+
+    Raises ConfigError for a user's error; exits with 1 where the task failed otherwise. An interrupt ends
+    the child first.
+    """
+    # -P: the working directory's files must not shadow packages.
+    command = [sys.executable, "-P", "-m", "nybble.engine.tasks", name]
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child,
+        _ended(child),
+        _progress() as show,
+    ):
+        last: Json = {}
+        for line in _talk(child, options):
+            last = json.loads(line)
+            show(last)
+    if last.get("event") == "result":
+        return last
+    if last.get("event") == "error":
+        if last["user_error"]:
+            raise ConfigError(last["message"])
+        typer.echo(f"nybble: {name} failed: {last['message']}", err=True)
+    else:
+        typer.echo(f"nybble: {name} ended without a word (exit code {child.wait()})", err=True)
+    raise typer.Exit(GIVE_UP)
+
+
+def _talk(child: "subprocess.Popen[str]", options: Json) -> Iterator[str]:
+    """Send the options, then yield the child's lines."""
+    if child.stdin is None or child.stdout is None:
+        raise RuntimeError("the child has no pipes")
+    try:
+        child.stdin.write(json.dumps(options))
+        child.stdin.close()
+    except BrokenPipeError:
+        pass  # it died at once; what it said, or its exit code, tells more
+    yield from child.stdout
+
+
+@contextmanager
+def _ended(child: "subprocess.Popen[str]") -> Iterator[None]:
+    """Leaving it, also with an interrupt, ends the child: politely, then not."""
+    try:
+        yield
+    except BaseException:
+        child.terminate()
+        try:
+            child.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+        raise
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Json], None]]:
+    """A function that shows an event: one bar per phase, log lines above them."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True, highlight=False)) as bars:
+        phases: dict[str, Any] = {}
+
+        def show(event: Json) -> None:
+            if event["event"] == "log":
+                bars.console.print(event["line"], markup=False, soft_wrap=True)
+            elif event["event"] == "progress":
+                phase = event["phase"]
+                if phase not in phases:
+                    phases[phase] = bars.add_task(phase, total=event["total"])
+                bars.update(phases[phase], completed=event["done"], total=event["total"])
+
+        yield show

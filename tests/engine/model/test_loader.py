@@ -182,7 +182,7 @@ def test_every_wrong_tensor_is_named(tmp_path: Path) -> None:
 
 def test_a_long_list_of_problems_is_cut(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, {"nothing": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match="and [0-9]+ more") as error:
+    with pytest.raises(CheckpointError, match=r"and [0-9]+ more") as error:
         load(folder)
     assert len(error.value.message) < 2000
 
@@ -259,7 +259,8 @@ def watch():
         peak = max(peak, anonymous())
 watcher = threading.Thread(target=watch)
 watcher.start()
-loaded = load_model(ModelFiles(Path(sys.argv[1])), EngineConfig(sys.argv[1], "cpu", "float16"), lambda *_: None)
+config = EngineConfig(sys.argv[1], "cpu", "float16")
+loaded = load_model(ModelFiles(Path(sys.argv[1])), config, lambda *_: None)
 stop.set()
 watcher.join()
 print(max(peak, anonymous()) - before, loaded.report.weight_bytes)
@@ -268,7 +269,7 @@ print(max(peak, anonymous()) - before, loaded.report.weight_bytes)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_loading_holds_the_model_plus_one_module(tmp_path: Path) -> None:
-    """A model of 24 equal modules: were they all held in fp32 on the way, the peak would be three times it."""
+    """24 equal layers: were all held in fp32 on the way, the peak would be three times the model."""
     hidden, layers = 512, 24
     tensors = {
         "model.embed_tokens.weight": torch.randn(64, hidden).half(),

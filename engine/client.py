@@ -267,7 +267,6 @@ class EngineClient:
         ours, theirs = socket.socketpair()
         with theirs:
             reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=_READ_BUFFER)
-            watchdog = asyncio.create_task(self._watch(), name="engine watchdog")
             try:
                 self._process = process = await asyncio.create_subprocess_exec(
                     *_command(self.config, theirs.fileno(), self._worker_args),
@@ -276,20 +275,27 @@ class EngineClient:
                     env=_environment(self.config),
                 )
                 theirs.close()  # so that the process's end is the socket's end
-                if self._stopping.is_set():
-                    self._kill()
+                code = await self._attend(process, reader)
+            finally:
+                self._writer.close()
+                self._writer = self._process = None
+        return _describe(code, self._failed)
+
+    async def _attend(self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader) -> int:
+        """Talk to the process until it ends; returns its exit code."""
+        watchdog = asyncio.create_task(self._watch(), name="engine watchdog")
+        try:
+            if not self._stopping.is_set():
                 await self._receive_all(reader)
                 with suppress(TimeoutError):
                     await asyncio.wait_for(process.wait(), _EXIT_SECONDS)
-            finally:
-                self.ready.clear()
-                watchdog.cancel()
-                self._kill()
-                self._writer.close()
-                self._writer = None
-        code = await process.wait()
-        self._process = None
-        return _describe(code, self._failed)
+        finally:
+            self.ready.clear()
+            self.state = "starting"
+            watchdog.cancel()
+            self._kill()
+            code = await process.wait()
+        return code
 
     async def _receive_all(self, reader: asyncio.StreamReader) -> None:
         """Read until the engine says or shows that it ends."""

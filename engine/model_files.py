@@ -34,11 +34,11 @@ def resolve_model(model: str | None, revision: str | None = None) -> Path:
             )
         model = str(DEMO_FOLDER)
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if model and folder.is_dir():
         if revision is not None:
             raise ConfigError(f"--revision {revision}: {model!r} is a local folder; leave --revision out")
         return folder.resolve()
-    if folder.exists():
+    if model and folder.exists():
         raise ConfigError(f"model {model!r} is a file; give the folder that holds it and its config.json")
     if not _HUB_ID.fullmatch(model) or model.endswith((".safetensors", ".gguf", ".bin", ".pt")):
         raise ConfigError(

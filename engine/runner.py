@@ -9,7 +9,7 @@ import mmap
 import random
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -104,6 +104,7 @@ class Runner:
         self._logit_rows = max(1, _LOGITS_BYTES // (4 * decoder.config.vocab_size))
         self._sampler = Sampler(eos_token_ids)
         self._states: dict[int, SamplingState] = {}
+        self._broken: set[int] = set()  # sequences that met a NaN, until the engine has ended them
         self._seeds = random.Random(seed)
         self._queue: deque[_Handle] = deque()
 
@@ -133,6 +134,7 @@ class Runner:
     def _run(self, plan: StepPlan) -> list[SampledOutput]:
         for seq_id in plan.finished:
             self._states.pop(seq_id, None)
+            self._broken.discard(seq_id)
         for new in plan.new:
             seed = new.params.seed if new.params.seed is not None else self._seeds.getrandbits(63)
             self._states[new.seq_id] = SamplingState(new.params, new.prompt_token_ids, seed)
@@ -141,30 +143,35 @@ class Runner:
         work: list[_Work] = []
         first = 0
         for scheduled in plan.scheduled:
+            if scheduled.seq_id in self._broken:
+                continue  # planned before its end was known
             state = self._states[scheduled.seq_id]
             state.truncate(scheduled.output_index)
             work.append(_Work(scheduled, state, first))
             first += len(scheduled.token_ids)
-        hidden = self._forward(work)
-        broken = self._find_broken(hidden, work)
-        prompt = {
-            w.plan.seq_id: self._score_prompt(hidden, w)
-            for w in work
-            if w.plan.prompt_logprob_targets and w.plan.seq_id not in broken
-        }
-        sampled = self._sample(hidden, [w for w in work if w.plan.samples and w.plan.seq_id not in broken])
-        outputs = []
-        for w in work:
-            seq_id = w.plan.seq_id
-            output = sampled.get(seq_id, SampledOutput(seq_id))
-            if seq_id in broken or output.error is not None:
-                output = SampledOutput(seq_id, error=_NOT_FINITE)
-            elif seq_id in prompt:
-                output = SampledOutput(seq_id, output.token_ids, output.logprobs, prompt[seq_id])
-            outputs.append(output)
-        return outputs
+        found = self._compute(work) if work else {}
+        return [
+            SampledOutput(scheduled.seq_id, error=_NOT_FINITE)
+            if scheduled.seq_id in self._broken
+            else found[scheduled.seq_id]
+            for scheduled in plan.scheduled
+        ]
 
-    def _forward(self, work: Sequence[_Work]) -> Tensor:
+    def _compute(self, work: Sequence[_Work]) -> dict[int, SampledOutput]:
+        """What the step finds for each sequence that does not break in it."""
+        plans = [self._plan_group(group, work) for group in range(len(self._specs))]
+        hidden = self._forward(work, plans)
+        self._find_broken(hidden, work, plans)
+        whole = [w for w in work if w.plan.seq_id not in self._broken]
+        found = {w.plan.seq_id: SampledOutput(w.plan.seq_id) for w in whole}
+        found |= self._sample(hidden, [w for w in whole if w.plan.samples])
+        for w in whole:
+            if w.plan.prompt_logprob_targets:
+                scores = self._score_prompt(hidden, w)
+                found[w.plan.seq_id] = replace(found[w.plan.seq_id], prompt_logprobs=scores)
+        return found
+
+    def _forward(self, work: Sequence[_Work], plans: Sequence[AttentionPlan]) -> Tensor:
         """[T, H]: the final hidden states of all the step's tokens; their K and V are in the cache then."""
         token_ids: list[int] = []
         positions: list[int] = []
@@ -173,7 +180,6 @@ class Runner:
             positions += range(w.plan.start, w.plan.start + len(w.plan.token_ids))
             if token_ids[-1] == PENDING:
                 token_ids[-1] = w.state.output_token_ids[-1]
-        plans = [self._plan_group(group, work) for group in range(len(self._specs))]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             group, cache = self._layers[layer]
@@ -197,22 +203,22 @@ class Runner:
         ]
         return plan_attention(sequences, options)
 
-    def _find_broken(self, hidden: Tensor, work: Sequence[_Work]) -> set[int]:
-        """Ids of sequences with a NaN or an infinity; their pages are cleaned before anybody else gets them.
+    def _find_broken(self, hidden: Tensor, work: Sequence[_Work], plans: Sequence[AttentionPlan]) -> None:
+        """Note the sequences with a NaN or an infinity, and clean the slots that they have just written.
 
         A masked slot still takes part in attention, times zero, and zero times NaN is NaN: without this, one
         sequence's overflow would spread through the cache. A bad K or V always shows in ``hidden``, because
         each token attends to itself.
         """
         if math.isfinite(float(hidden.sum())):
-            return set()
+            return
         finite = hidden.isfinite().all(-1).tolist()
-        broken = [w for w in work if not all(finite[w.first : w.last + 1])]
-        for w in broken:
-            for cache, table in zip(self._caches, w.plan.block_tables, strict=True):
-                pages = torch.tensor(table, dtype=torch.int64, device=self._device)
-                cache[:, pages] = cache[:, pages].nan_to_num()
-        return {w.plan.seq_id for w in broken}
+        for w in work:
+            if all(finite[w.first : w.last + 1]):
+                continue
+            self._broken.add(w.plan.seq_id)
+            for cache, plan in zip(self._caches, plans, strict=True):
+                cache.flatten(1, 2)[:, plan.slot_mapping[w.first : w.last + 1]] = 0
 
     def _sample(self, hidden: Tensor, work: Sequence[_Work]) -> dict[int, SampledOutput]:
         """One token for each of ``work``, booked in its state."""
@@ -226,7 +232,7 @@ class Runner:
             for w, row in zip(piece, sampled, strict=True):
                 seq_id = w.plan.seq_id
                 if not row.finite:
-                    outputs[seq_id] = SampledOutput(seq_id, error=_NOT_FINITE)
+                    self._broken.add(seq_id)
                     continue
                 w.state.append(row.token_id)
                 logprobs = () if row.logprobs is None else (row.logprobs,)

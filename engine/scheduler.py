@@ -66,9 +66,8 @@ class Scheduler:
         """Plan the next step. Nothing to do (``scheduled`` empty): the plan is not to be executed."""
         scheduled: list[ScheduledSequence] = []
         new: list[NewSequence] = []
-        preemptions = self.num_preemptions
         budget = self.max_num_batched_tokens
-        owed = 0  # blocks that sequences before this one wait for
+        stalled = False
         index = 0
         while index < len(self._running) and budget > 0:
             seq = self._running[index]
@@ -78,13 +77,13 @@ class Scheduler:
                 continue  # its last token is being sampled
             lacking = self.blocks.lacking(seq, seq.num_computed_tokens + count)
             if lacking:
-                if not self._make_room(seq, owed + lacking):
-                    owed += lacking
+                if not self._make_room(seq, lacking):
+                    stalled = True
                     continue
                 self.blocks.grow(seq, lacking)
             scheduled.append(self._plan(seq, count))
             budget -= count
-        if owed == 0 and preemptions == self.num_preemptions:
+        if not stalled:
             self._admit(budget, scheduled, new)
         if not scheduled:
             return StepPlan(self._step, ())
@@ -191,8 +190,7 @@ class Scheduler:
                 tokens, reason, stop_id = seq.accept(end, output.token_ids)
             elif end == seq.compute_limit:
                 reason = "length"  # max_tokens is 0: only the prompt was wanted
-            if seq.block_tables:
-                self.blocks.commit(seq, min(end, seq.num_computed_tokens))
+            self.blocks.commit(seq, min(end, seq.num_computed_tokens))  # 0 if it was preempted meanwhile
             if seq.prompt_logprobs is not None:
                 seq.prompt_logprobs.extend(output.prompt_logprobs)
         if reason is None and not tokens:

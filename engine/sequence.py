@@ -93,7 +93,6 @@ class Sequence:
         """Give up the blocks: the caller frees them. Everything is to be computed again."""
         tables = self.block_tables
         self.block_tables = []
-        self.num_committed_blocks = 0
         self.num_computed_tokens = 0
         self._frozen_tables = ()
         return tables

@@ -168,8 +168,8 @@ def test_preemption_in_flight_keeps_the_token_and_waits_for_the_blocks() -> None
 def test_error_ends_one_sequence() -> None:
     driver = Driver(caching=True)
     bad, _ = driver.add(9), driver.add(9)
-    plan = driver.plan()
-    outputs = driver.end(plan, seq0="not finite")
+    driver.step()
+    outputs = driver.end(driver.plan(), seq0="not finite")
     assert [(o.request_id, o.finish_reason, o.error) for o in outputs] == [
         (0, "error", "not finite"),
         (1, None, None),
@@ -196,6 +196,19 @@ def test_prompt_logprobs_by_chunks() -> None:
     assert found is not None
     assert found[0] is None
     assert [entry.token_id for entry in found[1:] if entry is not None] == [1, 2, 3, 4, 5]
+
+
+def test_prompt_logprobs_begin_again_after_a_preemption() -> None:
+    driver = Driver(num_blocks=7, budget=2)
+    driver.add(8, max_tokens=12)
+    driver.add(12, prompt_logprobs=0, max_tokens=1)
+    outputs = [output for _ in range(12) for output in driver.step()[1]]
+    assert driver.scheduler.num_preemptions == 0
+    while driver.scheduler.num_running + driver.scheduler.num_waiting:
+        outputs += driver.step()[1]
+    assert driver.scheduler.num_preemptions == 1
+    (found,) = [output.prompt_logprobs for output in outputs if output.prompt_logprobs]
+    assert [entry.token_id for entry in found[1:] if entry is not None] == list(range(1001, 1012))
 
 
 def test_echo_computes_the_prompt_but_its_last_token() -> None:

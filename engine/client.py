@@ -272,7 +272,7 @@ class EngineClient:
                     *_command(self.config, theirs.fileno(), self._worker_args),
                     stdin=asyncio.subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
-                    env=_environment(self.config),
+                    env=child_environment(self.config.num_threads),
                 )
                 theirs.close()  # so that the process's end is the socket's end
                 code = await self._attend(process, reader)
@@ -358,16 +358,16 @@ def _command(config: EngineConfig, fd: int, worker_args: Sequence[str]) -> list[
     return [*start, "--fd", str(fd), "--config", described, *worker_args]
 
 
-def _environment(config: EngineConfig) -> dict[str, str]:
-    """The child's: OpenMP reads its settings once, when torch loads. What the user has set stays."""
+def child_environment(num_threads: int | None) -> dict[str, str]:
+    """Of a process that computes: OpenMP reads it once, when torch loads. What the user has set stays."""
     environment = {
         "OMP_NUM_THREADS": str(default_threads()),
         "OMP_WAIT_POLICY": "PASSIVE",
         "GOMP_SPINCOUNT": "0",
         **os.environ,
     }
-    if config.num_threads is not None:
-        environment["OMP_NUM_THREADS"] = str(config.num_threads)
+    if num_threads is not None:
+        environment["OMP_NUM_THREADS"] = str(num_threads)
     return environment
 
 

@@ -74,7 +74,7 @@ class Window:
 
 @dataclass(slots=True)
 class Score:
-    """Sums over scored tokens, in nats. kl: of the original's distribution to the model's; agreed: same argmax."""
+    """Sums over scored tokens, in nats. kl: from the original's distribution; agreed: the same argmax."""
 
     num_tokens: int = 0
     nll: float = 0.0

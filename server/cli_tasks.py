@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from ..engine.client import child_environment
 from ..engine.config import Device, DType
 from ..engine.errors import ConfigError
 from .settings import parse_size
@@ -151,8 +152,8 @@ def _quantize(given: Quantize) -> None:
     )
     if summary["bits_per_quantized_weight"] is not None:
         typer.echo(
-            f"{len(summary['modules'])} modules quantized, {summary['bits_per_quantized_weight']:.2f} bits per "
-            f"weight with scales, zeros and order; {len(summary['dense'])} left dense"
+            f"{len(summary['modules'])} modules quantized, {summary['bits_per_quantized_weight']:.2f} bits "
+            f"per weight with scales, zeros and order; {len(summary['dense'])} left dense"
         )
     typer.echo(f"{summary['seconds']:.1f} s, peak memory {_size(summary['peak_rss_bytes'])}")
     typer.echo(f"what it cost: nybble eval {summary['out']} --against {given.model}")
@@ -208,8 +209,11 @@ def run_task(name: str, options: Json) -> Json:
     """
     # -P: the working directory's files must not shadow packages.
     command = [sys.executable, "-P", "-m", "nybble.engine.tasks", name]
+    environment = child_environment(options.get("num_threads"))
     with (
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        ) as child,
         _ended(child),
         _progress() as show,
     ):

@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -98,10 +99,8 @@ class CheckpointWriter:
         self._shard_of: dict[str, int] = {}
 
     def __enter__(self) -> Self:
-        try:
+        with self._writing():
             self._folder.mkdir(parents=True)
-        except OSError as error:
-            raise ConfigError(f"OUT {self.out}: cannot be written ({error.strerror})") from error
         return self
 
     def __exit__(
@@ -110,7 +109,12 @@ class CheckpointWriter:
         for shard in self._shards:
             shard.discard()
         shutil.rmtree(self._folder, ignore_errors=True)
-        if isinstance(error, OSError):
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
             raise ConfigError(f"OUT {self.out}: cannot be written ({error.strerror or error})") from error
 
     @property
@@ -121,36 +125,41 @@ class CheckpointWriter:
     def add(self, name: str, tensor: Tensor) -> None:
         """Append one tensor of the checkpoint."""
         assert name not in self._shard_of
-        if not self._shards or self._shards[-1].nbytes + tensor.nbytes > MAX_SHARD_BYTES:
-            if self._shards:
-                self._shards[-1].close()
-            path = self._folder / f"part-{len(self._shards)}"
-            self._shards.append(_Shard(path, self._header_bytes))
-        self._shards[-1].add(name, tensor)
+        with self._writing():
+            if not self._shards or self._shards[-1].nbytes + tensor.nbytes > MAX_SHARD_BYTES:
+                if self._shards:
+                    self._shards[-1].close()
+                path = self._folder / f"part-{len(self._shards)}"
+                self._shards.append(_Shard(path, self._header_bytes))
+            self._shards[-1].add(name, tensor)
         self._shard_of[name] = len(self._shards) - 1
 
     def add_file(self, source: Path) -> None:
         """Copy a file beside the weights."""
-        shutil.copyfile(source, self._folder / source.name)
+        with self._writing():
+            shutil.copyfile(source, self._folder / source.name)
 
     def add_json(self, name: str, content: object) -> None:
         """Write a JSON file beside the weights."""
-        (self._folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        with self._writing():
+            (self._folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def commit(self) -> None:
         """Finish the shards and move the folder to its place, the old one (with ``overwrite``) away."""
-        if self._shards:
-            self._shards[-1].close()
-        names = self._name_shards()
-        if len(names) > 1:
-            weight_map = {name: names[shard] for name, shard in sorted(self._shard_of.items())}
-            self.add_json(INDEX_NAME, {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map})
-        _refuse_existing(self.out, self._overwrite)
-        old = self._folder.with_suffix(".old")
-        if self.out.exists():
-            self.out.rename(old)
-        self._folder.rename(self.out)
-        shutil.rmtree(old, ignore_errors=True)
+        with self._writing():
+            if self._shards:
+                self._shards[-1].close()
+            names = self._name_shards()
+            if len(names) > 1:
+                weight_map = {name: names[shard] for name, shard in sorted(self._shard_of.items())}
+                index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
+                self.add_json(INDEX_NAME, index)
+            _refuse_existing(self.out, self._overwrite)
+            old = self._folder.with_suffix(".old")
+            if self.out.exists():
+                self.out.rename(old)
+            self._folder.rename(self.out)
+            shutil.rmtree(old, ignore_errors=True)
 
     def _name_shards(self) -> list[str]:
         total = len(self._shards)

@@ -1,0 +1,154 @@
+"""Work in a process of its own: ``python -m nybble.engine.tasks NAME``, for the CLI and the server's jobs.
+
+Reads one JSON object, the options, from stdin and writes JSON lines to stdout: ``{"event": "progress",
+"phase", "done", "total"}``, ``{"event": "log", "line"}``, and last ``{"event": "result", ...}`` or
+``{"event": "error", "message", "user_error"}``. Exit codes: 0, 2 for a user's error, 1 for any other, 130
+when interrupted. SIGINT, SIGTERM and a reader that went away end the task, which leaves nothing half done.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import fields
+from types import FrameType
+from typing import Any, TextIO, TypeVar
+
+import torch
+
+from .check import check_model
+from .config import EngineConfig
+from .errors import ConfigError, NybbleError
+from .evaluate import EvaluateOptions, evaluate
+from .hardware import default_threads
+from .model_files import resolve_model
+from .quantize.job import quantize
+from .quantize.options import QuantizeOptions
+
+EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
+PROGRESS_SECONDS = 0.05  # between two reports of one phase; the last is always sent
+
+Options = dict[str, Any]
+T = TypeVar("T")
+
+
+class Reporter:
+    """Writes events. A reader that is gone interrupts the task."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._reported = ("", 0.0)
+
+    def emit(self, event: str, **content: Any) -> None:
+        """One line."""
+        try:
+            self._stream.write(json.dumps({"event": event, **content}) + "\n")
+            self._stream.flush()
+        except BrokenPipeError as error:
+            raise KeyboardInterrupt from error
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """``done`` of ``total`` in ``phase``."""
+        now = time.monotonic()
+        last_phase, last = self._reported
+        if phase != last_phase or done >= total or now - last >= PROGRESS_SECONDS:
+            self._reported = (phase, now)
+            self.emit("progress", phase=phase, done=done, total=total)
+
+    def log(self, line: str) -> None:
+        """One line for people."""
+        self.emit("log", line=line)
+
+
+def _check(options: Options, reporter: Reporter) -> Options:
+    revision = options.pop("revision", None)
+    folder = resolve_model(options.pop("model", None), revision)
+    report = check_model(folder, _record(EngineConfig, {**options, "model": str(folder)}))
+    return {**report.to_dict(), "lines": report.lines()}
+
+
+def _quantize(options: Options, reporter: Reporter) -> Options:
+    record = _record(QuantizeOptions, options)
+    _set_threads(record.num_threads)
+    return quantize(record, reporter.progress, reporter.log)
+
+
+def _evaluate(options: Options, reporter: Reporter) -> Options:
+    record = _record(EvaluateOptions, options)
+    _set_threads(record.num_threads)
+    return evaluate(record, reporter.progress, reporter.log)
+
+
+TASKS: dict[str, Callable[[Options, Reporter], Options]] = {
+    "check": _check,
+    "quantize": _quantize,
+    "evaluate": _evaluate,
+}
+
+
+def _record(kind: Callable[..., T], options: Options) -> T:
+    """A record of options; those that are not given have their defaults. ConfigError for an unknown one."""
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"option {name}: not known; use some of {', '.join(known)}")
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise ConfigError(f"options: {error}") from error
+
+
+def _set_threads(num_threads: int | None) -> None:
+    torch.set_num_threads(num_threads or default_threads())
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    # Once: a second signal, from a terminal and from the parent, must not break the cleaning up.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def run(name: str, source: TextIO, reporter: Reporter) -> int:
+    """Run the task ``name`` with the options in ``source``; returns the exit code."""
+    try:
+        task = TASKS.get(name)
+        if task is None:
+            raise ConfigError(f"task {name}: use one of {', '.join(TASKS)}")
+        try:
+            options = json.load(source)
+        except ValueError as error:
+            raise ConfigError(f"options: not JSON ({error})") from error
+        if not isinstance(options, dict):
+            raise ConfigError(f"options: a JSON {type(options).__name__}, expected an object")
+        reporter.emit("result", **task(options, reporter))
+    except NybbleError as error:
+        user_error = isinstance(error, ConfigError)
+        reporter.emit("error", message=error.message, user_error=user_error)
+        return EXIT_USER if user_error else EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - the border of the process: reported, and told to the parent
+        traceback.print_exc()
+        reporter.emit("error", message=f"{type(error).__name__}: {error}", user_error=False)
+        return EXIT_FAILED
+    return 0
+
+
+def main() -> None:
+    """Process entry."""
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    # Libraries that print must not break the protocol: their stdout is our stderr.
+    stream = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m nybble.engine.tasks NAME < options.json")
+    sys.exit(run(sys.argv[1], sys.stdin, Reporter(stream)))
+
+
+if __name__ == "__main__":
+    main()

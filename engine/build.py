@@ -137,15 +137,14 @@ def _warm_up(runner: Runner, num_groups: int, length: int, loaded: LoadedModel) 
         StepPlan(0, (first,), (NewSequence(_WARM_UP_ID, prompt, params),)),
         StepPlan(0, (ScheduledSequence(_WARM_UP_ID, (0,), length, True, 1, tables),)),
     ]
-    outputs = [output for plan in plans for output in runner.execute(plan).result()]
+    for plan in plans:
+        if any(output.error is not None for output in runner.execute(plan).result()):
+            dtype = str(loaded.target.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"--dtype {dtype}: the model's output is not finite (NaN or infinity); use --dtype float32, "
+                "and if that fails too, the checkpoint is broken"
+            )
     runner.execute(StepPlan(0, (), finished=(_WARM_UP_ID,))).result()
-    if any(output.error is not None for output in outputs):
-        runner.close()
-        dtype = str(loaded.target.dtype).removeprefix("torch.")
-        raise ConfigError(
-            f"--dtype {dtype}: the model's output is not finite (NaN or "
-            "infinity); use --dtype float32, and if that fails too, the checkpoint is broken"
-        )
 
 
 def _cpu_line() -> str:

@@ -1,7 +1,7 @@
 """Will this model load, and in how much memory? From configuration and headers alone: no tensor is read."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .model.loader import LayerKernel, LoadReport, resolve_target, spec_text
 from .model.plan import EMBEDDING, LM_HEAD, Slot, find_problems, part_format, weight_plan
 from .model_files import ModelFiles
 
-_SAMPLE_ROWS = 64  # enough rows for any kernel's tile
+_SAMPLE_ROWS = 128  # a multiple of any kernel's tile of rows
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -198,12 +198,12 @@ def estimate_weights(
 ) -> LoadReport:
     """What a load would report, from the headers of a checkpoint that fits its plan.
 
-    A kernel's own repack of a few zero rows tells how many bytes it takes for each. Values are unknown, so
-    a weight too large for fp16 or a trivial ``g_idx`` is found out only by loading.
+    A kernel's own repack of a few zero rows tells how many bytes it takes. Values are unknown, so a weight
+    too large for fp16 or a trivial ``g_idx`` is found out only by loading.
     """
     total = 0
     layers: list[LayerKernel] = []
-    row_bytes: dict[tuple[object, ...], float] = {}
+    sizes: dict[tuple[object, ...], int] = {}
     for slot in slots:
         if slot.kind != "linear":
             info = found[f"{slot.parts[0].name}.weight"]
@@ -213,10 +213,10 @@ def estimate_weights(
         for out, in_, spec, dtype in _fused(slot, checkpoint_format, found):
             has_g_idx = spec is not None and spec.actorder == "group"
             choice = choose("linear", target, weight=WeightTraits(out, in_, spec, dtype, 0.0, has_g_idx))
-            key = (choice.name, in_, spec, dtype, min(out, _SAMPLE_ROWS))
-            if key not in row_bytes:
-                row_bytes[key] = _bytes_per_row(choice, target, min(out, _SAMPLE_ROWS), in_, spec, dtype)
-            total += int(row_bytes[key] * out)
+            key = (choice.name, out, in_, spec, dtype)
+            if key not in sizes:
+                sizes[key] = _packed_bytes(choice, target, out, in_, spec, dtype)
+            total += sizes[key]
             layers.append(LayerKernel(slot.name, choice.name, choice.refused, spec, out * in_))
     return LoadReport(tuple(layers), total)
 
@@ -236,18 +236,30 @@ def _fused(
     return forms
 
 
-def _bytes_per_row(
-    choice: Choice, target: Target, rows: int, in_: int, spec: QuantSpec | None, dtype: torch.dtype
-) -> float:
-    weight = PackedWeight(torch.zeros(rows, in_, dtype=dtype))
-    if spec is not None:
-        scales = torch.zeros(rows, spec.num_groups(in_), dtype=torch.float16)
-        zeros = None if spec.symmetric else torch.zeros_like(scales, dtype=torch.uint8)
-        weight = PackedWeight(weight.values, spec, scales, zeros)
-        if spec.actorder == "group":
-            g_idx = weight.group_of_inputs().flip(0).to(torch.int32)
-            weight = PackedWeight(weight.values, spec, scales, zeros, g_idx)
-    return float(choice.implementation.repack(weight, target).nbytes / rows)
+def _packed_bytes(
+    choice: Choice, target: Target, out: int, in_: int, spec: QuantSpec | None, dtype: torch.dtype
+) -> int:
+    """Bytes of the kernel's layout: measured for few rows, else continued in a straight line."""
+
+    def measured(rows: int) -> int:
+        return int(choice.implementation.repack(_zero_weight(rows, in_, spec, dtype), target).nbytes)
+
+    if out <= 2 * _SAMPLE_ROWS:
+        return measured(out)
+    small, large = measured(_SAMPLE_ROWS), measured(2 * _SAMPLE_ROWS)
+    return small + (large - small) * (out - _SAMPLE_ROWS) // _SAMPLE_ROWS
+
+
+def _zero_weight(rows: int, in_: int, spec: QuantSpec | None, dtype: torch.dtype) -> PackedWeight:
+    values = torch.zeros(rows, in_, dtype=dtype)
+    if spec is None:
+        return PackedWeight(values)
+    scales = torch.zeros(rows, spec.num_groups(in_), dtype=torch.float16)
+    zeros = None if spec.symmetric else torch.zeros_like(scales, dtype=torch.uint8)
+    plain = PackedWeight(values, spec, scales, zeros)
+    if spec.actorder == "none":
+        return plain
+    return replace(plain, g_idx=plain.group_of_inputs().flip(0).to(torch.int32))
 
 
 def _numel(info: TensorInfo) -> int:

@@ -77,6 +77,7 @@ GPTQ: dict[str, Any] = {
         ({"sym": False, "checkpoint_format": "gptq_v2", "bits": 3, "group_size": -1}, {}, 1),
         ({}, {"self_attn.k_proj": {"bits": 8}}, 3),
         ({}, {"self_attn.v_proj": {"group_size": 64}}, 2),
+        ({}, {"self_attn.k_proj": {"sym": False}}, 1),
         ({}, {"self_attn.q_proj": {"dense": True}}, 2),
         ({"desc_act": True}, {}, 3),  # each part has its own random order of inputs
         ({"desc_act": True}, {"self_attn.q_proj": {"desc_act": False}}, 3),

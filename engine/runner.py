@@ -158,18 +158,25 @@ class Runner:
         ]
 
     def _compute(self, work: Sequence[_Work]) -> dict[int, SampledOutput]:
-        """What the step finds for each sequence that does not break in it."""
+        """What the step finds for each sequence; nothing of use for those that break in it."""
         plans = [self._plan_group(group, work) for group in range(len(self._specs))]
         hidden = self._forward(work, plans)
         self._find_broken(hidden, work, plans)
-        whole = [w for w in work if w.plan.seq_id not in self._broken]
-        found = {w.plan.seq_id: SampledOutput(w.plan.seq_id) for w in whole}
-        found |= self._sample(hidden, [w for w in whole if w.plan.samples])
-        for w in whole:
-            if w.plan.prompt_logprob_targets:
-                scores = self._score_prompt(hidden, w)
-                found[w.plan.seq_id] = replace(found[w.plan.seq_id], prompt_logprobs=scores)
-        return found
+        scores = {
+            w.plan.seq_id: self._score_prompt(hidden, w)
+            for w in work
+            if w.plan.prompt_logprob_targets and w.plan.seq_id not in self._broken
+        }
+        sampled = self._sample(
+            hidden, [w for w in work if w.plan.samples and w.plan.seq_id not in self._broken]
+        )
+        return {
+            w.plan.seq_id: replace(
+                sampled.get(w.plan.seq_id, SampledOutput(w.plan.seq_id)),
+                prompt_logprobs=scores.get(w.plan.seq_id, ()),
+            )
+            for w in work
+        }
 
     def _forward(self, work: Sequence[_Work], plans: Sequence[AttentionPlan]) -> Tensor:
         """[T, H]: the final hidden states of all the step's tokens; their K and V are in the cache then."""
@@ -247,4 +254,6 @@ class Runner:
             piece = targets[begin : begin + self._logit_rows]
             rows = hidden[work.first + begin : work.first + begin + len(piece)]
             found += score_tokens(self._decoder.logits(rows), piece, count)
+        if not all(math.isfinite(score.logprob) for score in found):
+            self._broken.add(work.plan.seq_id)
         return tuple(found)

@@ -67,7 +67,6 @@ class Scheduler:
         scheduled: list[ScheduledSequence] = []
         new: list[NewSequence] = []
         budget = self.max_num_batched_tokens
-        stalled = False
         index = 0
         while index < len(self._running) and budget > 0:
             seq = self._running[index]
@@ -78,13 +77,11 @@ class Scheduler:
             lacking = self.blocks.lacking(seq, seq.num_computed_tokens + count)
             if lacking:
                 if not self._make_room(seq, lacking):
-                    stalled = True
                     continue
                 self.blocks.grow(seq, lacking)
             scheduled.append(self._plan(seq, count))
             budget -= count
-        if not stalled:
-            self._admit(budget, scheduled, new)
+        self._admit(budget, scheduled, new)
         if not scheduled:
             return StepPlan(self._step, ())
         plan = StepPlan(self._step, tuple(scheduled), tuple(new), tuple(self._finished))
@@ -112,7 +109,8 @@ class Scheduler:
         now = time.monotonic()
         while self._waiting and budget > 0 and len(self._running) < self.max_num_seqs:
             seq = next(iter(self._waiting.values()))
-            # A block per running sequence stays free: admitting a sequence only to preempt it soon is waste.
+            # A block per running sequence stays free: admitting a sequence only to preempt it soon is waste,
+            # and one that just gave way must not take back what it gave.
             if seq.in_flight or not self.blocks.admit(seq, reserve=len(self._running)):
                 return
             del self._waiting[seq.seq_id]

@@ -80,8 +80,10 @@ def test_two_groups_under_pressure(lag: int) -> None:
     params = SamplingParams(max_tokens=20, prompt_logprobs=None)
     for output, prompt in zip(engine.generate(prompts, params), prompts, strict=True):
         assert essence(output) == essence(oracle(prompt, params, 64, 2))
-    assert engine.stats().num_preemptions > 0
-    assert engine.stats().prefix_cache_hits > 0
+    stats = engine.stats()
+    assert stats.num_preemptions > 0
+    assert stats.prefix_cache_hits > 0
+    assert stats.prefix_cache_queries == stats.prompt_tokens  # what is computed again is not asked again
 
 
 @pytest.mark.parametrize("lag", [0, 1])

@@ -151,9 +151,8 @@ def _add_state(app: FastAPI, gateway: Gateway) -> None:
 
 
 def _get(app: FastAPI, path: str, handler: Handler) -> None:
-    app.add_api_route(
-        path, handler, methods=["GET", "HEAD"], response_model=None, operation_id=handler.__name__
-    )
+    app.add_api_route(path, handler, methods=["GET"], response_model=None)
+    app.add_api_route(path, handler, methods=["HEAD"], response_model=None, include_in_schema=False)
 
 
 def _post(app: FastAPI, path: str, handler: Handler, body: type[Any]) -> None:

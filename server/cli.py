@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from .. import __version__
 from ..engine.errors import NybbleError
+from .cli_tasks import register
 from .lifecycle import serve
 from .settings import PREFIX, Settings, load_settings, option_name
 
@@ -41,6 +42,7 @@ def build_cli() -> typer.Typer:
     cli.callback(invoke_without_command=True)(_nybble)
     epilog = f"Each option may also be set in the environment, as {PREFIX}<NAME>; the command line wins."
     cli.command("serve", epilog=epilog)(_serve_command())
+    register(cli)
     return cli
 
 

@@ -43,21 +43,23 @@ def _why_not(host: str, port: int, error: OSError) -> str:
 class LimitedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1, which stores headers of any size, with a limit on them."""
 
+    _in_head = False
     _head_bytes = 0
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the client. Only those that come while a head is unfinished count."""
-        self._head_bytes += len(data)
         super().data_received(data)
-        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self.send_400_response("The request's headers are too large.")
-
-    def on_headers_complete(self) -> None:
-        """The head is finished: what follows is a body, which the routes limit."""
-        super().on_headers_complete()
-        self._head_bytes = -(1 << 62)
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+                self.send_400_response("The request's headers are too large.")
 
     def on_message_begin(self) -> None:
-        """A new request: count again."""
+        """A new request."""
         super().on_message_begin()
-        self._head_bytes = 0
+        self._in_head, self._head_bytes = True, 0
+
+    def on_headers_complete(self) -> None:
+        """What follows is a body, which the routes limit."""
+        super().on_headers_complete()
+        self._in_head = False

@@ -2,9 +2,7 @@
 
 import asyncio
 import itertools
-import math
 from collections.abc import Callable
-from typing import Any
 
 from nybble.engine.errors import EngineDeadError, EngineError
 from nybble.engine.records import EngineStats, ModelInfo, SamplingParams, SequenceOutput, TokenLogprobs

@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 import httpx
 import uvloop
 from fake_client import VOCAB, FakeClient
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
 from nybble.server.app import build_app
 from nybble.server.engine_metrics import EngineCollector, EngineTotals
 from nybble.server.gateway import Gateway
@@ -24,6 +22,7 @@ from nybble.server.metrics import Metrics
 from nybble.server.models import ModelTable, load_model, served_name
 from nybble.server.settings import load_settings
 from nybble.server.sockets import bind
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' and 'rude' in m.content %}"

@@ -1,5 +1,6 @@
 """Whatever comes in: a 4xx with OpenAI's error body, and the server goes on."""
 
+import contextlib
 import json
 import socket
 from typing import Any
@@ -183,12 +184,10 @@ def test_a_body_beyond_the_limit(server: GatewayServer) -> None:
 def test_headers_beyond_the_limit(server: GatewayServer) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
-        connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n")
-        with pytest.raises(OSError, match=r"reset|pipe|closed|timed out"):
-            for _ in range(1000):
-                connection.sendall(b"a: " + b"x" * 65_536)
-                if connection.recv(1 << 16).startswith(b"HTTP/1.1 400"):
-                    raise ConnectionResetError("closed with a 400")
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\na: " + b"x" * 80_000)
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 400")
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1 << 16) == b""
     assert server.get("/health").status_code == 200
 
 
@@ -203,20 +202,25 @@ def test_unknown_routes_methods_and_models(server: GatewayServer, openai_client:
         openai_client.models.retrieve("gpt-4")
 
 
-@pytest.mark.parametrize(
-    ("path", "extra"),
-    [
-        ("/v1/completions", {"best_of": 1, "suffix": "", "use_beam_search": False, "response_format": {"type": "text"}}),
-        ("/v1/completions", {"best_of": 2, "n": 2, "user": 7, "metadata": {"a": [1]}, "priority": 3, "request_id": "x"}),
-        ("/v1/completions", dict.fromkeys(["temperature", "n", "stop", "logprobs", "surprise", "echo", "stream"])),
-        ("/v1/completions", {"stop": [], "logit_bias": {}, "stop_token_ids": [], "guided_json": None, "bad_words": []}),
-        ("/v1/chat/completions", {"tools": [], "tool_choice": "auto", "functions": [], "verbosity": "medium"}),
-        ("/v1/chat/completions", {"tools": [{"a": 1}], "tool_choice": "none", "modalities": ["text"], "store": True}),
-        ("/v1/chat/completions", {"response_format": {"type": "text"}, "reasoning_effort": "low", "audio": None}),
-        ("/v1/chat/completions", {"service_tier": "auto", "prediction": {"type": "content"}, "user": "me"}),
-        ("/v1/chat/completions", {"logprobs": False, "top_logprobs": 0, "parallel_tool_calls": True}),
+NOTHING: dict[str, list[dict[str, Any]]] = {
+    "/v1/completions": [
+        {"best_of": 1, "suffix": "", "use_beam_search": False, "response_format": {"type": "text"}},
+        {"best_of": 2, "n": 2, "user": 7, "metadata": {"a": [1]}, "priority": 3, "request_id": "x"},
+        dict.fromkeys(["temperature", "n", "stop", "logprobs", "surprise", "echo", "stream"]),
+        {"stop": [], "logit_bias": {}, "stop_token_ids": [], "guided_json": None, "bad_words": []},
+        {"stream_options": {"include_usage": None}},
     ],
-)  # fmt: skip
+    "/v1/chat/completions": [
+        {"tools": [], "tool_choice": "auto", "functions": [], "verbosity": "medium"},
+        {"tools": [{"a": 1}], "tool_choice": "none", "modalities": ["text"], "store": True},
+        {"response_format": {"type": "text"}, "reasoning_effort": "low", "audio": None},
+        {"service_tier": "auto", "prediction": {"type": "content"}, "user": "me"},
+        {"logprobs": False, "top_logprobs": 0, "parallel_tool_calls": True},
+    ],
+}
+
+
+@pytest.mark.parametrize(("path", "extra"), [(path, extra) for path in NOTHING for extra in NOTHING[path]])
 def test_what_changes_nothing_passes(server: GatewayServer, path: str, extra: dict[str, Any]) -> None:
     answer = server.post(path, {**ROUTES[path], **extra})
     assert answer.status_code == 200, answer.text

@@ -226,7 +226,7 @@ def test_vllms_extras_reach_the_engine(openai_client: openai.OpenAI, server: Gat
             "cache_salt": "salt",
         },
     )
-    prompt, params, salt = server.client.submitted[0]
+    _, params, salt = server.client.submitted[0]
     assert (params.temperature, params.presence_penalty, params.frequency_penalty) == (0.0, 1.5, -2.0)
     assert params.logit_bias == {7: -100.0, 8: 3.0}
     assert (params.top_k, params.min_p, params.repetition_penalty) == (VOCAB, 0.1, 1.1)

@@ -28,6 +28,8 @@ class Target:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     cpu_features: frozenset[str] = field(default_factory=frozenset)
+    cpu_kernels: str = "torch"  # "auto", "vnni", "avx2": compiled ones; "torch": torch's own
+    cpu_activations: str = "fp32"  # what low-bit weights meet in compiled kernels: "int8" or "fp32"
 
     @property
     def activation_dtype(self) -> torch.dtype:
@@ -103,7 +105,14 @@ class Choice:
 
 
 OPS: dict[str, tuple[str, ...]] = {
-    "linear": (".cpu.linear:dense_fp16", ".cpu.linear:dequant_fp16", ".reference:linear"),
+    "linear": (
+        ".cpu.numba_linear:low_bit_int8",
+        ".cpu.numba_linear:low_bit_fp32",
+        ".cpu.numba_linear:dense",
+        ".cpu.linear:dense_fp16",
+        ".cpu.linear:dequant_fp16",
+        ".reference:linear",
+    ),
     "embedding": (".reference:embedding",),
     "rms_norm": (".pointwise:rms_norm",),
     "add_rms_norm": (".pointwise:add_rms_norm",),

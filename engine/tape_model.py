@@ -1,0 +1,201 @@
+"""A decoder's forward as a tape of compiled CPU kernels: the same decoder code, recorded once.
+
+Imports numba: reached from ``build`` only where the compiled kernels can run.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kernels.cpu.compiled import CompiledLinear, kernels_for
+from ..kernels.cpu.paged_attention import SPAN_ROWS
+from ..kernels.cpu.pool import Pool
+from ..kernels.cpu.recorder import PagedCache, Recorder
+from ..kernels.cpu.tape import GroupInputs, Inputs, Tape
+from ..kernels.paged import PagedSequence
+from .model.config import ModelConfig
+from .model.decoder import Decoder
+from .model.layers import Linear, RotaryEmbedding
+from .records import KVSpec
+
+_HEAD_ROWS = 64  # rows that go through the output head at once
+_ROTARY_CHUNK = 4096  # positions whose angles are computed when the first of them is needed
+
+
+def why_no_tape(weights: Mapping[str, Linear | Tensor]) -> str | None:
+    """Why a decoder over these weights cannot be recorded, or None."""
+    for name, weight in weights.items():
+        if isinstance(weight, Linear) and not all(isinstance(p, CompiledLinear) for p in weight.parts):
+            return f"{name} is computed by another kernel"
+    return None
+
+
+class _RecordedLinear:
+    """Stands for a Linear while the decoder is recorded."""
+
+    def __init__(self, recorder: Recorder, linear: Linear) -> None:
+        self._recorder = recorder
+        self._parts = [part for part in linear.parts if isinstance(part, CompiledLinear)]
+        assert len(self._parts) == len(linear.parts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._recorder.linear([part.weight for part in self._parts], x, self._parts[0].int8)
+
+
+class _RotaryTable:
+    """cos, sin: fp32 [max_positions, head_dim / 2], filled in pieces as sequences grow."""
+
+    def __init__(self, config: ModelConfig, max_positions: int) -> None:
+        self._rotary = RotaryEmbedding(config)
+        self._half = config.head_dim // 2
+        self._filled = 0
+        self.cos, self.sin = (_lazy_zeros((max_positions, self._half), torch.float32) for _ in range(2))
+
+    def reach(self, position: int) -> None:
+        """Make sure that ``position`` is filled."""
+        while self._filled <= position:
+            stop = min(self._filled + _ROTARY_CHUNK, len(self.cos))
+            cos, sin = self._rotary(torch.arange(self._filled, stop))
+            self.cos[self._filled : stop] = cos[:, 0, self._half :]
+            self.sin[self._filled : stop] = sin[:, 0, self._half :]
+            self._filled = stop
+
+
+class TapeModel:
+    """A step model: token ids and pages in, hidden states and logits out; holds the KV cache.
+
+    Pages are laid out for the compiled attention, see ``kernels/cpu/paged_attention.py``.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Linear | Tensor],
+        specs: Sequence[KVSpec],
+        num_blocks: int,
+        block_size: int,
+        num_threads: int,
+        max_tokens: int,
+    ) -> None:
+        isa = next(p.isa for w in weights.values() if isinstance(w, Linear) for p in w.parts)
+        self._config = config
+        self._block_size = block_size
+        self._inputs = Inputs(max_tokens, len(specs))
+        self._pool = Pool(num_threads)
+        self._caches = _allocate(specs, num_blocks, block_size)
+        self._rotary = _RotaryTable(config, config.max_position_embeddings)
+        self._tables: dict[int, tuple[tuple[int, ...], np.ndarray]] = {}
+        kernels = kernels_for(isa)
+        self._body = self._record_body(Recorder(kernels, self._inputs, num_threads), weights)
+        self._head_inputs = Inputs(_HEAD_ROWS)
+        self._head_hidden = torch.zeros(_HEAD_ROWS, config.hidden_size)
+        recorder = Recorder(kernels, self._head_inputs, num_threads)
+        head = weights["lm_head"]
+        assert isinstance(head, Linear)
+        self._head = recorder.finish(_RecordedLinear(recorder, head)(self._head_hidden))
+
+    def _record_body(self, recorder: Recorder, weights: Mapping[str, Linear | Tensor]) -> Tape:
+        recorded = {
+            name: _RecordedLinear(recorder, weight) if isinstance(weight, Linear) else weight
+            for name, weight in weights.items()
+        }
+        decoder = Decoder(self._config, recorded, recorder)
+        decoder.rotary = lambda positions, dtype: (self._rotary.cos, self._rotary.sin)
+        nothing = torch.empty(0, dtype=torch.int64)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return recorder.attend(self._caches[layer], q, k, v)
+
+        return recorder.finish(decoder(nothing, nothing, attend))
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV cache, touched or not."""
+        return sum(cache.keys.nbytes + cache.values.nbytes for cache in self._caches)
+
+    def forward(self, token_ids: Sequence[int], groups: Sequence[Sequence[PagedSequence]]) -> Tensor:
+        """[T, H]: a step's final hidden states, valid until the next one. ``groups``: its rows per KV group."""
+        inputs, count = self._inputs, len(token_ids)
+        inputs.tokens[0] = count
+        inputs.token_ids[:count] = token_ids
+        for sequence in groups[0]:
+            rows = slice(sequence.first, sequence.first + sequence.count)
+            inputs.positions[rows] = np.arange(sequence.start, sequence.start + sequence.count)
+            self._rotary.reach(sequence.start + sequence.count - 1)
+        tables = {}
+        for group, sequences in zip(inputs.groups, groups, strict=True):
+            tables.update(self._fill(group, sequences))
+        self._tables = tables
+        self._body.run(self._pool)
+        return self._body.output[:count]
+
+    def _fill(
+        self, group: GroupInputs, sequences: Sequence[PagedSequence]
+    ) -> dict[int, tuple[tuple[int, ...], np.ndarray]]:
+        """Slots and spans of one KV group. Returns the block tables as arrays: their addresses are in use."""
+        used = {}
+        size, num_spans = self._block_size, 0
+        for s in sequences:
+            # The scheduler hands out the same tuple until a table grows.
+            known = self._tables.get(id(s.block_table))
+            if known is None or known[0] is not s.block_table:
+                known = (s.block_table, np.array(s.block_table, np.int32))
+            used[id(s.block_table)] = known
+            table = known[1]
+            if s.count == 1:
+                group.slots[s.first] = s.block_table[s.start // size] * size + s.start % size
+            else:
+                positions = np.arange(s.start, s.start + s.count)
+                group.slots[s.first : s.first + s.count] = table[positions // size] * size + positions % size
+            address = table.ctypes.data
+            for row in range(0, s.count, SPAN_ROWS):
+                rows = min(SPAN_ROWS, s.count - row)
+                group.spans[num_spans] = s.first + row, rows, s.start + row, address
+                num_spans += 1
+        group.num_spans[0] = num_spans
+        return used
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, H] -> [R, vocab] fp32; a result of at most 64 rows is valid until the next call."""
+        pieces = []
+        for begin in range(0, hidden.shape[0], _HEAD_ROWS):
+            piece = hidden[begin : begin + _HEAD_ROWS]
+            self._head_hidden[: len(piece)] = piece
+            self._head_inputs.tokens[0] = len(piece)
+            self._head.run(self._pool)
+            pieces.append(self._head.output[: len(piece)])
+            if hidden.shape[0] > _HEAD_ROWS:
+                pieces[-1] = pieces[-1].clone()
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def clean(self, tables: Sequence[tuple[int, ...]]) -> None:
+        """Make the pages of a broken sequence finite; ``tables``: per KV group."""
+        for cache in self._caches:
+            pages = torch.tensor(tables[cache.group], dtype=torch.int64)
+            cache.keys[pages] = cache.keys[pages].nan_to_num()
+            cache.values[pages] = cache.values[pages].nan_to_num()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.close()
+
+
+def _allocate(specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> list[PagedCache]:
+    """One cache per layer, in the order of layers. Zeros that take memory when first written."""
+    caches: dict[int, PagedCache] = {}
+    for index, spec in enumerate(specs):
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        for layer in spec.layers:
+            shape = (num_blocks, spec.num_kv_heads, block_size // 16, spec.head_dim, 16)
+            keys = _lazy_zeros(shape, dtype)
+            values = _lazy_zeros((num_blocks, spec.num_kv_heads, block_size, spec.head_dim), dtype)
+            caches[layer] = PagedCache(keys, values, block_size, index, spec.window)
+    return [caches[layer] for layer in sorted(caches)]
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros whose memory is taken when first written (torch's own are written at once)."""
+    kind = {torch.float32: np.float32, torch.float16: np.float16}[dtype]
+    return torch.from_numpy(np.zeros(shape, kind))

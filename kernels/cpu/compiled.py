@@ -1,0 +1,54 @@
+"""Linears over compiled kernels. Imports numba: reached through the dispatch table only."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..layout import PackedWeight
+from .int8_tile import AVX2, VNNI
+from .pool import Pool
+from .recorder import Kernels, Recorder
+from .tape import Inputs
+from .weights import DenseWeight, LowBitWeight, pack_dense, pack_low_bit
+
+
+@lru_cache(maxsize=2)
+def kernels_for(isa: str) -> Kernels:
+    """The compiled kernels for "vnni" or "avx2", shared by all that run in this process."""
+    return Kernels(VNNI if isa == "vnni" else AVX2)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompiledLinear:
+    """A weight in the compiled kernels' layout. A tape records ``weight``; a call computes it by itself."""
+
+    weight: LowBitWeight | DenseWeight
+    isa: str
+    int8: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.weight.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, in] fp32 -> [T, out] fp32, on the calling thread."""
+        rows = x.float().contiguous()
+        inputs = Inputs(max(1, x.shape[0]))
+        inputs.tokens[0] = x.shape[0]
+        recorder = Recorder(kernels_for(self.isa), inputs, num_threads=1)
+        tape = recorder.finish(recorder.linear([self.weight], rows, self.int8))
+        tape.run(Pool(1))
+        return tape.output[: x.shape[0]].clone()
+
+
+def compile_low_bit(weight: PackedWeight, isa: str, int8: bool) -> CompiledLinear:
+    """A quantized weight in L16."""
+    return CompiledLinear(pack_low_bit(weight), isa, int8)
+
+
+def compile_dense(weight: PackedWeight, isa: str, dtype: torch.dtype) -> CompiledLinear:
+    """A dense weight of ``dtype`` in blocks of 16 outputs."""
+    return CompiledLinear(pack_dense(weight, dtype), isa, int8=False)

@@ -1,0 +1,83 @@
+"""A small LLVM IR assembler for numba intrinsics: vectors, loads, fused multiply-add, CPU dot products.
+
+Addresses are 64-bit integers, so that kernels take plain pointers and can be called from any thread
+without the interpreter lock.
+"""
+
+from llvmlite import ir
+from numba.core import cgutils
+
+I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+F16, F32 = ir.HalfType(), ir.FloatType()
+
+
+class Emitter:
+    """Wraps an LLVM builder; every method returns an IR value."""
+
+    def __init__(self, builder: ir.IRBuilder) -> None:
+        self.builder = builder
+
+    def call(self, name: str, result: ir.Type, arguments: list[ir.Value]) -> ir.Value:
+        """Call an LLVM intrinsic or external function by name."""
+        signature = ir.FunctionType(result, [argument.type for argument in arguments])
+        function = cgutils.get_or_insert_function(self.builder.module, signature, name)
+        return self.builder.call(function, arguments)
+
+    def load(self, element: ir.Type, address: ir.Value, align: int = 1) -> ir.Value:
+        """Load one value (scalar or vector) from an address."""
+        value = self.builder.load(self.builder.inttoptr(address, ir.PointerType(element)))
+        value.align = align
+        return value
+
+    def store(self, value: ir.Value, address: ir.Value, align: int = 1) -> None:
+        """Store one value to an address."""
+        self.builder.store(value, self.builder.inttoptr(address, ir.PointerType(value.type))).align = align
+
+    def offset(self, address: ir.Value, *terms: "int | ir.Value") -> ir.Value:
+        """address + sum(terms), in bytes."""
+        for term in terms:
+            address = self.builder.add(address, I64(term) if isinstance(term, int) else term)
+        return address
+
+    def scaled(self, value: ir.Value, factor: int) -> ir.Value:
+        """value * factor."""
+        return self.builder.mul(value, I64(factor))
+
+    def splat(self, value: ir.Value, lanes: int) -> ir.Value:
+        """The same scalar in every lane."""
+        vector = ir.VectorType(value.type, lanes)
+        undefined = ir.Constant(vector, ir.Undefined)
+        first = self.builder.insert_element(undefined, value, I32(0))
+        return self.builder.shuffle_vector(
+            first, undefined, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
+        )
+
+    def constant(self, element: ir.Type, value: "int | float", lanes: int) -> ir.Value:
+        """A constant in every lane."""
+        return ir.Constant(ir.VectorType(element, lanes), [value] * lanes)
+
+    def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        """a * b + c, rounded once; vectors of fp32."""
+        return self.call(f"llvm.fma.v{a.type.count}f32", a.type, [a, b, c])
+
+    def prefetch(self, address: ir.Value) -> None:
+        """Ask for the cache line at an address (read, keep in all levels)."""
+        pointer = self.builder.inttoptr(address, ir.PointerType(I8))
+        self.call("llvm.prefetch.p0", ir.VoidType(), [pointer, I32(0), I32(3), I32(1)])
+
+    def shifted_bytes(self, vector: ir.Value, bits: int) -> ir.Value:
+        """Bytes shifted right by ``bits`` (left if negative); bits from the neighbour byte come in, so mask.
+
+        The instruction sets shift 16-bit lanes, not bytes.
+        """
+        if bits == 0:
+            return vector
+        lanes = vector.type.count // 2
+        words = self.builder.bitcast(vector, ir.VectorType(I16, lanes))
+        shift = self.constant(I16, abs(bits), lanes)
+        moved = self.builder.lshr(words, shift) if bits > 0 else self.builder.shl(words, shift)
+        return self.builder.bitcast(moved, vector.type)
+
+    def masked(self, vector: ir.Value, mask: int) -> ir.Value:
+        """Bytes and ``mask``."""
+        return self.builder.and_(vector, self.constant(I8, mask, vector.type.count))

@@ -1,0 +1,89 @@
+"""The compiled linears as candidates of the dispatch table. numba is imported when one of them is taken."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from ..dispatch import PackedLinear, Target, WeightTraits
+from ..layout import PackedWeight
+
+_FP16_MAX = 65504.0
+_AVX2 = frozenset({"avx2", "fma", "f16c"})
+_VNNI = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}) | _AVX2
+
+
+def instruction_set(target: Target) -> str | None:
+    """The best of "vnni" and "avx2" that the CPU has and ``target.cpu_kernels`` allows."""
+    features = target.cpu_features
+    if target.cpu_kernels in ("auto", "vnni") and features >= _VNNI:
+        return "vnni"
+    if target.cpu_kernels in ("auto", "avx2") and features >= _AVX2:
+        return "avx2"
+    return None
+
+
+def why_not(target: Target) -> str | None:
+    """Why compiled kernels cannot run on a target, or None."""
+    if not target.is_cpu:
+        return f"runs on a CPU, not on {target.device}"
+    if target.cpu_kernels == "torch":
+        return "--cpu-kernels torch was asked for"
+    if find_spec("numba") is None:
+        return "numba is not installed"
+    if instruction_set(target) is None:
+        return f"the CPU lacks what --cpu-kernels {target.cpu_kernels} needs"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class LowBitKernel:
+    """Takes quantized weights of any bits, groups, order and shape."""
+
+    name: str
+    int8: bool
+
+    def refuses(self, target: Target, *, weight: WeightTraits) -> str | None:
+        """Why it cannot take the weight, or None."""
+        if weight.spec is None:
+            return "takes quantized weights only"
+        if self.int8 != (target.cpu_activations == "int8"):
+            return f"--cpu-activations {target.cpu_activations} was asked for"
+        if not weight.max_abs <= _FP16_MAX * 2.0**weight.spec.num_bits:
+            return "a scale overflows fp16"
+        return why_not(target)
+
+    def repack(self, weight: PackedWeight, target: Target) -> PackedLinear:
+        """Lay out in L16."""
+        linear: PackedLinear = _compiled().compile_low_bit(weight, instruction_set(target), self.int8)
+        return linear
+
+
+@dataclass(frozen=True, slots=True)
+class DenseKernel:
+    """Takes dense weights, kept in their own type (fp16, bf16, fp32); activations and sums are fp32."""
+
+    name: str = "cpu-dense"
+
+    def refuses(self, target: Target, *, weight: WeightTraits) -> str | None:
+        """Why it cannot take the weight, or None."""
+        if weight.spec is not None:
+            return "takes dense weights only"
+        return why_not(target)
+
+    def repack(self, weight: PackedWeight, target: Target) -> PackedLinear:
+        """Lay out by blocks of 16 outputs. ``--dtype float32`` widens; nothing narrows."""
+        dtype = torch.float32 if target.dtype == torch.float32 else weight.values.dtype
+        linear: PackedLinear = _compiled().compile_dense(weight, instruction_set(target), dtype)
+        return linear
+
+
+def _compiled() -> Any:
+    return import_module(".compiled", __package__)
+
+
+low_bit_int8 = LowBitKernel("cpu-int8", int8=True)
+low_bit_fp32 = LowBitKernel("cpu-fp32", int8=False)
+dense = DenseKernel()

@@ -1,0 +1,214 @@
+"""Paged causal attention on the CPU: grouped query heads, online softmax, fp32 or fp16 pages.
+
+Pages hold 16 tokens: keys [block, kv_head, block_size / 16, head_dim, 16] (transposed: one vector is one
+component of 16 tokens), values [block, kv_head, block_size, head_dim].
+
+A *span* is up to 8 rows of one sequence at consecutive positions: int64 words (first row, rows, first
+position, address of the sequence's int32 block table). Every query's softmax runs over chunks of 128
+tokens that begin at multiples of 128, in order, so its result depends neither on the rows beside it nor
+on how the prompt was cut (batch invariance).
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from .abi import word
+from .vectors import ELEMENT_BYTES, exp_f32, load_f32, load_i32, scores, store_f32, weighted_sum
+
+CHUNK = 128
+SPAN_ROWS = 8
+SPAN_WORDS = 4
+NEG_INF = np.float32(-1e30)
+
+
+def scratch_floats(group: int, head_dim: int) -> int:
+    """fp32 words of scratch a thread needs: a span's probabilities, accumulators, maxima and sums."""
+    return SPAN_ROWS * group * (CHUNK + head_dim + 2)
+
+
+@njit(nogil=True, error_model="numpy", fastmath={"nnan", "nsz", "arcp", "contract"})
+def _softmax_chunk(row, low, count, head_dim, accumulator, state, scale):
+    """Scores [low, count) at ``row`` become weights, what was accumulated is rescaled; updates (max, sum).
+
+    The 16-token pages around them get weight 0 outside of that range.
+    """
+    for t in range(low // 16 * 16, low):
+        store_f32(row + 4 * t, np.float32(0))
+    for t in range(count, (count + 15) // 16 * 16):
+        store_f32(row + 4 * t, np.float32(0))
+    top = load_f32(state)
+    best = top
+    for t in range(low, count):
+        best = max(best, load_f32(row + 4 * t) * scale)
+    if best > top:
+        factor = exp_f32(top - best)
+        store_f32(state, best)
+        store_f32(state + 4, load_f32(state + 4) * factor)
+        for d in range(head_dim):
+            store_f32(accumulator + 4 * d, load_f32(accumulator + 4 * d) * factor)
+    added = np.float32(0)
+    for t in range(low, count):
+        weight = exp_f32(load_f32(row + 4 * t) * scale - best)
+        store_f32(row + 4 * t, weight)
+        added += weight
+    store_f32(state + 4, load_f32(state + 4) + added)
+
+
+def _key_scores(kind: int, group: int, head_dim: int) -> Any:
+    """Scores of a token's heads against a page; groups of four heads share the loads of the keys."""
+    fours, rest = group // 4, group % 4
+
+    @njit(nogil=True, error_model="numpy")
+    def key_scores(q, page, out):
+        h = 0
+        while h < 4 * fours:
+            scores(4, kind, q + h * head_dim * 4, head_dim, page, head_dim, out + h * CHUNK * 4, CHUNK)
+            h += 4
+        if rest >= 2:
+            scores(2, kind, q + h * head_dim * 4, head_dim, page, head_dim, out + h * CHUNK * 4, CHUNK)
+            h += 2
+        if rest % 2 == 1:
+            scores(1, kind, q + h * head_dim * 4, head_dim, page, head_dim, out + h * CHUNK * 4, CHUNK)
+
+    return key_scores
+
+
+def _value_sums(kind: int, group: int, head_dim: int) -> Any:
+    """Add a page's values, weighted, to the accumulators of a token's heads."""
+    fours, rest = group // 4, group % 4
+    width = 64 if head_dim % 64 == 0 else 16
+    size = ELEMENT_BYTES[kind]
+
+    @njit(nogil=True, error_model="numpy")
+    def value_sums(p, values, count, out):
+        for c in range(0, head_dim, width):
+            v = values + c * size
+            to = out + c * 4
+            h = 0
+            while h < 4 * fours:
+                at = to + h * head_dim * 4
+                weighted_sum(4, width, kind, p + h * CHUNK * 4, CHUNK, v, head_dim, count, at, head_dim)
+                h += 4
+            if rest >= 2:
+                at = to + h * head_dim * 4
+                weighted_sum(2, width, kind, p + h * CHUNK * 4, CHUNK, v, head_dim, count, at, head_dim)
+                h += 2
+            if rest % 2 == 1:
+                at = to + h * head_dim * 4
+                weighted_sum(1, width, kind, p + h * CHUNK * 4, CHUNK, v, head_dim, count, at, head_dim)
+
+    return value_sums
+
+
+def _span_chunk(kind: int, group: int, head_dim: int, block_size: int) -> Any:
+    """One span against tokens [begin, stop) of its sequence, for one KV head."""
+    size = ELEMENT_BYTES[kind]
+    scale = np.float32(head_dim**-0.5)
+    pages = block_size // 16
+    page_key_bytes = head_dim * 16 * size
+    key_scores = _key_scores(kind, group, head_dim)
+    value_sums = _value_sums(kind, group, head_dim)
+
+    @njit(nogil=True, error_model="numpy")
+    def span_chunk(q, ldq, keys, values, rows, position, table, kv_heads, head, window, scratch, begin, stop):
+        probs = scratch
+        accumulators = probs + SPAN_ROWS * group * CHUNK * 4
+        states = accumulators + SPAN_ROWS * group * head_dim * 4
+        for r in range(rows):
+            end = min(stop, position + r + 1)
+            low = begin
+            if window > 0:
+                low = max(begin, position + r - window + 1)
+            if low >= end:
+                continue
+            row = probs + r * group * CHUNK * 4
+            accumulator = accumulators + r * group * head_dim * 4
+            for t in range(low // 16 * 16, end, 16):
+                block = load_i32(table + 4 * (t // block_size))
+                page = keys + ((block * kv_heads + head) * pages + t % block_size // 16) * page_key_bytes
+                key_scores(q + r * ldq * 4, page, row + (t - begin) * 4)
+            for h in range(group):
+                at = accumulator + h * head_dim * 4
+                state = states + 8 * (r * group + h)
+                _softmax_chunk(row + h * CHUNK * 4, low - begin, end - begin, head_dim, at, state, scale)
+            for t in range(low // 16 * 16, end, 16):
+                block = load_i32(table + 4 * (t // block_size))
+                slot = (block * kv_heads + head) * block_size + t % block_size
+                value_sums(
+                    row + (t - begin) * 4, values + slot * head_dim * size, min(16, end - t), accumulator
+                )
+
+    return span_chunk
+
+
+def attention_kernel(kind: int, group: int, head_dim: int, block_size: int) -> Any:
+    """The kernel for pages of a storage kind, ``group`` query heads per KV head.
+
+    args: q, ldq (floats), out, ldo, keys, values, spans, address of the number of spans, kv_heads,
+    window (0: none), scratch, scratch bytes per thread. Spans and KV heads are the unit of threads.
+    """
+    span_chunk = _span_chunk(kind, group, head_dim, block_size)
+
+    @njit(nogil=True, error_model="numpy")
+    def finish(states, accumulators, rows, out, ldo):
+        for r in range(rows):
+            for h in range(group):
+                i = r * group + h
+                inverse = np.float32(1) / load_f32(states + 8 * i + 4)
+                to = out + (r * ldo + h * head_dim) * 4
+                for d in range(head_dim):
+                    store_f32(to + 4 * d, load_f32(accumulators + (i * head_dim + d) * 4) * inverse)
+
+    def attention(args, thread, num_threads):
+        q = word(args, 0)
+        ldq = word(args, 1)
+        out = word(args, 2)
+        ldo = word(args, 3)
+        keys = word(args, 4)
+        values = word(args, 5)
+        spans = word(args, 6)
+        kv_heads = word(args, 8)
+        window = word(args, 9)
+        scratch = word(args, 10) + thread * word(args, 11)
+        accumulators = scratch + SPAN_ROWS * group * CHUNK * 4
+        states = accumulators + SPAN_ROWS * group * head_dim * 4
+        for unit in range(thread, word(word(args, 7), 0) * kv_heads, num_threads):
+            span = spans + unit // kv_heads * SPAN_WORDS * 8
+            head = unit % kv_heads
+            first = word(span, 0)
+            rows = word(span, 1)
+            position = word(span, 2)
+            table = word(span, 3)
+            for i in range(rows * group):
+                store_f32(states + 8 * i, NEG_INF)
+                store_f32(states + 8 * i + 4, np.float32(0))
+            for i in range(rows * group * head_dim):
+                store_f32(accumulators + 4 * i, np.float32(0))
+            at = head * group * head_dim * 4
+            query = q + first * ldq * 4 + at
+            begin = 0
+            if window > 0:
+                begin = max(0, position - window + 1) // CHUNK * CHUNK
+            while begin < position + rows:
+                end = min(position + rows, begin + CHUNK)
+                span_chunk(
+                    query,
+                    ldq,
+                    keys,
+                    values,
+                    rows,
+                    position,
+                    table,
+                    kv_heads,
+                    head,
+                    window,
+                    scratch,
+                    begin,
+                    end,
+                )
+                begin += CHUNK
+            finish(states, accumulators, rows, out + first * ldo * 4 + at, ldo)
+
+    return attention

@@ -1,0 +1,134 @@
+"""Persistent threads that replay tapes: flat lists of kernel calls, with barriers of our own.
+
+A worker is a Python thread inside one compiled call that never takes the interpreter lock. Between runs it
+spins briefly and then sleeps in the kernel (no CPU when idle). Within a run every thread makes every call
+(each does its share) and they meet at a barrier where the tape says so.
+
+Under contention a barrier sleeps often: a thread waits for one that is not scheduled. Then runs go on one
+thread, and try all again after a while; so a foreign busy process costs its share, not a factor of ten.
+"""
+
+import threading
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+
+from .abi import call_kernel, word
+from .atomics import atomic_add, atomic_load, atomic_store, wait_while_equal, wake
+
+RECORD_WORDS = 4  # kernel, args, barrier after (0 or 1), unused: 32 bytes
+_LINE = 64
+(
+    _COUNT,
+    _GENERATION,
+    _BARRIER_SLEEPERS,
+    _GO,
+    _GO_SLEEPERS,
+    _STOP,
+    _SPIN,
+    _THREADS,
+    _TAPE,
+    _LENGTH,
+    _SLEEPS,
+    _IDLE_SLEEPS,
+) = (i * _LINE for i in range(12))
+
+
+@njit(nogil=True)
+def _barrier(control, num_threads):
+    generation = atomic_load(control + _GENERATION)
+    if atomic_add(control + _COUNT, 1) == num_threads - 1:
+        atomic_store(control + _COUNT, 0)
+        atomic_add(control + _GENERATION, 1)
+        wake(control + _GENERATION, control + _BARRIER_SLEEPERS)
+    else:
+        spin = atomic_load(control + _SPIN)
+        wait_while_equal(
+            control + _GENERATION, generation, spin, control + _BARRIER_SLEEPERS, control + _SLEEPS
+        )
+
+
+@njit(nogil=True)
+def _replay(control, thread, num_threads, tape, length):
+    for i in range(length):
+        record = tape + i * RECORD_WORDS * 8
+        call_kernel(word(record, 0), word(record, 1), thread, num_threads)
+        if num_threads > 1 and (word(record, 2) != 0 or i == length - 1):
+            _barrier(control, num_threads)
+
+
+@njit(types.void(types.intp, types.intp), nogil=True, cache=True)
+def worker_loop(control, thread):
+    """Serve runs until told to stop."""
+    generation = 0
+    while True:
+        spin = atomic_load(control + _SPIN)
+        wait_while_equal(control + _GO, generation, spin, control + _GO_SLEEPERS, control + _IDLE_SLEEPS)
+        generation += 1
+        if atomic_load(control + _STOP) != 0:
+            return
+        num_threads = atomic_load(control + _THREADS)
+        _replay(control, thread, num_threads, atomic_load(control + _TAPE), atomic_load(control + _LENGTH))
+
+
+@njit(types.void(types.intp, types.intp, types.intp, types.intp), nogil=True, cache=True)
+def run_tape(control, tape, length, num_threads):
+    """Replay on the caller and num_threads - 1 workers."""
+    if num_threads > 1:
+        atomic_store(control + _THREADS, num_threads)
+        atomic_store(control + _TAPE, tape)
+        atomic_store(control + _LENGTH, length)
+        atomic_add(control + _GO, 1)
+        wake(control + _GO, control + _GO_SLEEPERS)
+    _replay(control, 0, num_threads, tape, length)
+
+
+@njit(types.void(types.intp), nogil=True, cache=True)
+def _stop_workers(control):
+    atomic_store(control + _STOP, 1)
+    atomic_add(control + _GO, 1)
+    wake(control + _GO, control + _GO_SLEEPERS)
+
+
+class Pool:
+    """``num_threads`` counts the caller."""
+
+    def __init__(self, num_threads: int, spin: int = 2000) -> None:
+        self.num_threads = num_threads
+        self._memory = np.zeros(13 * 8 + 8, np.int64)
+        self._control = (self._memory.ctypes.data + _LINE - 1) // _LINE * _LINE
+        self._view = self._memory[(self._control - self._memory.ctypes.data) // 8 :]
+        self._view[_SPIN // 8] = spin
+        self._single_runs = 0
+        self._penalty = 8
+        self._workers = [
+            threading.Thread(target=worker_loop, args=(self._control, i), daemon=True, name=f"nybble-cpu-{i}")
+            for i in range(1, num_threads)
+        ]
+        for worker in self._workers:
+            worker.start()
+
+    def run(self, tape: "np.ndarray[Any, np.dtype[np.int64]]", length: int) -> None:
+        """Replay ``length`` records; returns when all are done. One caller at a time."""
+        threads = self.num_threads
+        if threads > 1 and self._single_runs > 0:
+            self._single_runs -= 1
+            threads = 1
+        before = int(self._view[_SLEEPS // 8])
+        run_tape(self._control, tape.ctypes.data, length, threads)
+        if threads > 1:
+            slept = int(self._view[_SLEEPS // 8]) - before
+            if slept * 4 > length:
+                self._single_runs = self._penalty
+                self._penalty = min(2 * self._penalty, 512)
+            elif slept == 0:
+                self._penalty = max(8, self._penalty // 2)
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._workers:
+            _stop_workers(self._control)
+            for worker in self._workers:
+                worker.join()
+            self._workers = []

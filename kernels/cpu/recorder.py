@@ -1,0 +1,206 @@
+"""Record a decoder's forward as kernel calls: its ops over ``meta`` tensors, which have no memory."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import activations, exact_linear, int8_linear, paged_attention, rows
+from .abi import compile_kernel
+from .l16 import GROUP, ROWS, padded
+from .tape import BY_COLUMNS, BY_HEADS, BY_ROWS, Call, Inputs, Scratch, Tape, build_tape
+from .vectors import FLOAT32
+from .weights import KINDS, DenseWeight, LowBitWeight
+
+
+class Kernels:
+    """Compiled kernels for one instruction set, by what they are compiled for."""
+
+    def __init__(self, isa: int) -> None:
+        self.isa = isa
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def get(self, make: Callable[..., Any], *traits: Any) -> Any:
+        """The kernel that ``make(*traits)`` describes, compiled once."""
+        key = (make.__module__, make.__name__, traits)
+        if key not in self._compiled:
+            self._compiled[key] = compile_kernel(make(*traits))
+        return self._compiled[key]
+
+
+@dataclass(frozen=True, slots=True)
+class PagedCache:
+    """One layer: keys [blocks, Hkv, block_size / 16, D, 16], values [blocks, Hkv, block_size, D]."""
+
+    keys: Tensor
+    values: Tensor
+    block_size: int
+    group: int = 0  # the KV group whose slots and spans it goes by
+    window: int | None = None
+
+
+class Recorder:
+    """Collects calls. Its ops have the signatures of ``kernels/reference.py``, over meta tensors."""
+
+    def __init__(self, kernels: Kernels, inputs: Inputs, num_threads: int) -> None:
+        self.kernels = kernels
+        self.inputs = inputs
+        self._num_threads = num_threads
+        self._calls: list[Call] = []
+        self._scratch_bytes = 0
+        self._quantized: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
+        self._kept: list[Tensor] = []
+
+    def buffer(self, width: int) -> Tensor:
+        """[max_tokens, width] fp32, rows padded to whole blocks of 16."""
+        whole = torch.empty(self.inputs.max_tokens, padded(width, ROWS), device="meta")
+        self._kept.append(whole)  # the identity of a dead storage could be given to another one
+        return whole[:, :width]
+
+    def finish(self, output: Tensor) -> Tape:
+        """The tape that computes ``output``."""
+        return build_tape(self._calls, output, self._scratch_bytes)
+
+    def embedding(self, token_ids: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+        """See reference; the token ids are the inputs'."""
+        width = table.shape[1]
+        out = self.buffer(width)
+        args = (self.inputs.token_ids, self.inputs.tokens, table.contiguous(), width, out, _ld(out))
+        self._call(self.kernels.get(rows.embedding_kernel, KINDS[table.dtype]), args, BY_ROWS)
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See reference."""
+        width = x.shape[-1]
+        heads = 1 if x.dim() == 2 else x.shape[1]
+        assert x.dim() == 2 or x.stride(1) == width
+        out = self.buffer(heads * width)
+        weight_stride = width if weight.dim() == 2 else 0
+        head = (x, _ld(x), weight.float().contiguous(), width, out, _ld(out))
+        args = (*head, self.inputs.tokens, np.array([eps], np.float32), heads, weight_stride)
+        self._call(self.kernels.get(rows.norm_kernel), args, BY_ROWS)
+        return out if x.dim() == 2 else out.view(-1, heads, width)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See reference."""
+        width = x.shape[-1]
+        out, total = self.buffer(width), self.buffer(width)
+        head = (x, _ld(x), residual, _ld(residual), weight.float().contiguous(), width)
+        tail = (out, _ld(out), total, _ld(total), self.inputs.tokens, np.array([eps], np.float32))
+        self._call(self.kernels.get(rows.add_norm_kernel), (*head, *tail), BY_ROWS)
+        return out, total
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """See reference; ``cos`` and ``sin`` are tables here: fp32 [positions, D / 2], nothing negated."""
+        _, heads, dim = x.shape
+        assert x.stride(1) == dim
+        out = self.buffer(heads * dim)
+        head = (x, _ld(x), heads, dim, cos, sin, self.inputs.positions)
+        self._call(self.kernels.get(rows.rope_kernel), (*head, out, _ld(out), self.inputs.tokens), BY_ROWS)
+        return out.view(-1, heads, dim)
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        """See reference."""
+        width = x.shape[1] // 2
+        out = self.buffer(width)
+        args = (x, _ld(x), width, out, _ld(out), self.inputs.tokens)
+        self._call(self.kernels.get(rows.silu_kernel), args, BY_ROWS)
+        return out
+
+    def attend(self, cache: PagedCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write k, v [T, Hkv, D] to their slots and attend with q [T, Hq, D]; returns [T, Hq * D]."""
+        _, heads, dim = q.shape
+        kv_heads, kind, tokens = k.shape[1], KINDS[cache.keys.dtype], self.inputs.tokens
+        group_inputs = self.inputs.groups[cache.group]
+        kernel = self.kernels.get(rows.kv_write_kernel, kind, dim, cache.block_size)
+        pages = (cache.keys, cache.values)
+        self._call(kernel, (k, _ld(k), v, _ld(v), *pages, group_inputs.slots, tokens, kv_heads), BY_ROWS)
+        out = self.buffer(heads * dim)
+        group = heads // kv_heads
+        kernel = self.kernels.get(paged_attention.attention_kernel, kind, group, dim, cache.block_size)
+        scratch = self._scratch(4 * paged_attention.scratch_floats(group, dim))
+        spans = (group_inputs.spans, group_inputs.num_spans, kv_heads, cache.window or 0)
+        self._call(kernel, (q, _ld(q), out, _ld(out), *pages, *spans, *scratch), BY_HEADS)
+        return out
+
+    def linear(self, weights: Sequence[LowBitWeight | DenseWeight], x: Tensor, int8: bool) -> Tensor:
+        """x [T, K] times weights side by side: [T, sum of their outputs].
+
+        ``int8``: low-bit weights meet int8 activations (fast); else fp32 ones (exact).
+        """
+        starts = [sum(w.out_features for w in weights[:i]) for i in range(len(weights))]
+        # A part writes whole blocks: its padding lies where the next part, computed after it, begins.
+        needed = max(start + ROWS * w.blocks for start, w in zip(starts, weights, strict=True))
+        out = self.buffer(needed)[:, : sum(w.out_features for w in weights)]
+        for start, weight in zip(starts, weights, strict=True):
+            self._part(weight, x, out[:, start : start + weight.out_features], int8)
+        return out
+
+    def _part(self, weight: LowBitWeight | DenseWeight, x: Tensor, out: Tensor, int8: bool) -> None:
+        isa, tokens = self.kernels.isa, self.inputs.tokens
+        if weight.bias is not None:
+            args: tuple[Any, ...] = (weight.bias, weight.blocks * ROWS, out, _ld(out), tokens)
+            self._call(self.kernels.get(rows.bias_kernel), args, BY_ROWS)
+        accumulate = int(weight.bias is not None)
+        shape = (weight.groups, weight.blocks, accumulate)
+        if isinstance(weight, DenseWeight):
+            kernel = self.kernels.get(exact_linear.exact_kernel, isa, exact_linear.DENSE, weight.kind, False)
+            ordered = self._ordered(x, weight.groups, None)
+            args = (weight.values, 0, 0, ordered, _ld(ordered), tokens, out, _ld(out), *shape)
+        else:
+            asym = weight.zeros is not None
+            packed = (weight.codes, weight.scales, weight.zeros if asym else 0)
+            if int8:
+                kernel = self.kernels.get(int8_linear.int8_kernel, isa, weight.num_bits, asym)
+                args = (*packed, *self._quantize(weight, x), out, tokens, _ld(out), *shape)
+            else:
+                kernel = self.kernels.get(exact_linear.exact_kernel, isa, weight.num_bits, FLOAT32, asym)
+                ordered = self._ordered(x, weight.groups, weight.perm)
+                args = (*packed, ordered, _ld(ordered), tokens, out, _ld(out), *shape)
+        self._call(kernel, args, BY_COLUMNS)
+
+    def _quantize(self, weight: LowBitWeight, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x as int8 in the weight's order of inputs; shared by weights that agree on it."""
+        offset = 1 if weight.zeros is not None else 2 ** (weight.num_bits - 1)
+        key = (*_identity(x), offset, None if weight.perm is None else weight.perm.tobytes())
+        if key not in self._quantized:
+            groups = weight.groups
+            tiles = int8_linear.TILES[self.kernels.isa]
+            quantized = (self.buffer(groups * GROUP // 4), self.buffer(groups), self.buffer(groups))
+            perm = 0 if weight.perm is None else weight.perm
+            head = (x, _ld(x), weight.in_features, groups, self.inputs.tokens, *quantized)
+            args = (*head, offset, perm, *self._scratch(tiles[0] * groups * GROUP * 4))
+            self._call(self.kernels.get(activations.quantize_kernel, tiles), args, BY_ROWS)
+            self._quantized[key] = quantized
+        return self._quantized[key]
+
+    def _ordered(self, x: Tensor, groups: int, perm: Any) -> Tensor:
+        """x with its inputs in the weight's order and zeros up to whole groups."""
+        if perm is None and x.shape[1] == groups * GROUP:
+            return x
+        out = self.buffer(groups * GROUP)
+        order = 0 if perm is None else perm
+        args = (x, _ld(x), x.shape[1], groups * GROUP, order, out, _ld(out), self.inputs.tokens)
+        self._call(self.kernels.get(rows.gather_kernel), args, BY_ROWS)
+        return out
+
+    def _scratch(self, bytes_per_thread: int) -> tuple[Scratch, int]:
+        per_thread = padded(bytes_per_thread, 64)
+        self._scratch_bytes = max(self._scratch_bytes, per_thread * self._num_threads)
+        return Scratch(), per_thread
+
+    def _call(self, kernel: Any, args: tuple[Any, ...], split: int) -> None:
+        self._calls.append(Call(kernel, args, split))
+
+
+def _ld(x: Tensor) -> int:
+    """The row stride in floats."""
+    assert x.stride(-1) == 1
+    return int(x.stride(0))
+
+
+def _identity(x: Tensor) -> tuple[int, int, int]:
+    return x.untyped_storage()._cdata, int(x.storage_offset()), x.shape[1]

@@ -12,8 +12,9 @@ from typing import Any
 
 import tokenizers
 
-from .errors import CheckpointError, ConfigError, RequestError
+from .errors import CheckpointError, RequestError
 from .model_files import MAX_TOKENIZER_BYTES, Json, ModelFiles, read_json
+from .slow_tokenizer import load_slow_tokenizer
 from .token_pieces import TokenPieces
 
 # For the process's environment, before the first text is encoded: no thread pool of `tokenizers`' own.
@@ -50,19 +51,19 @@ class Tokenizer:
 
         Raises ConfigError where there is none, or it cannot be used.
         """
+        config = dict(ModelFiles(folder).tokenizer_config)
+        legacy = folder / "special_tokens_map.json"
+        if "added_tokens_decoder" not in config and legacy.exists():
+            config |= read_json(legacy)
         path = folder / "tokenizer.json"
         if not path.exists():
-            raise ConfigError(_no_tokenizer(folder))
+            return cls(*load_slow_tokenizer(folder, config))
         if path.stat().st_size > MAX_TOKENIZER_BYTES:
             raise CheckpointError(f"{path}: larger than {MAX_TOKENIZER_BYTES >> 20} MiB")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # `tokenizers` raises the base class itself
             raise CheckpointError(f"{path}: not a tokenizer ({str(error)[:200]})") from error
-        config = dict(ModelFiles(folder).tokenizer_config)
-        legacy = folder / "special_tokens_map.json"
-        if "added_tokens_decoder" not in config and legacy.exists():
-            config |= read_json(legacy)
         return cls(backend, config)
 
     @property
@@ -159,17 +160,3 @@ def _added_token(entry: Any, special: bool = True) -> tokenizers.AddedToken:
         key: bool(entry[key]) for key in ("lstrip", "rstrip", "single_word", "normalized") if key in entry
     }
     return tokenizers.AddedToken(entry["content"], special=special, **flags)
-
-
-def _no_tokenizer(folder: Path) -> str:
-    slow = [
-        name
-        for name in ("tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
-        if (folder / name).exists()
-    ]
-    if not slow:
-        return f"{folder}: no tokenizer.json; copy it from the model that this one was made from"
-    return (
-        f"{folder}: no tokenizer.json, only {slow[0]}; write it once with: python -c 'from transformers "
-        f'import AutoTokenizer as A; A.from_pretrained("{folder}").save_pretrained("{folder}")\''
-    )

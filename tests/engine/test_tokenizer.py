@@ -99,7 +99,7 @@ def test_lone_surrogate_is_the_requests_fault(pair):
 
 async def test_long_text_does_not_stall_the_event_loop(pair):
     ours, _ = pair
-    text = "The quick brown fox, 你好. " * 40_000
+    text = "The quick brown fox, 你好. " * 10_000
     began = time.perf_counter()
     task = asyncio.create_task(ours.encode_async(text))
     ticks = 0
@@ -233,6 +233,54 @@ def test_truncation_and_padding_of_the_file_are_off(tmp_path):
     backend.enable_padding(length=10)
     backend.save(str(folder / "tokenizer.json"))
     assert Tokenizer.from_folder(folder).encode("abcabc") == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.fixture(
+    params=[("gpt2", "GPT2Tokenizer"), ("qwen2", "Qwen2TokenizerFast")], ids=lambda param: param[0]
+)
+def slow_folder(request, tmp_path):
+    """A folder with vocab.json, merges.txt and the added tokens of a real tokenizer.json."""
+    name, kind = request.param
+    source = DATA / "tokenizers" / name
+    if not source.exists():
+        pytest.skip(f"{source.name} of ../shared/data is absent")
+    parsed = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    (tmp_path / "vocab.json").write_text(json.dumps(parsed["model"]["vocab"]))
+    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in parsed["model"]["merges"]]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]), encoding="utf-8")
+    added = {token.pop("id"): token for token in parsed["added_tokens"]}
+    config = {"tokenizer_class": kind, "added_tokens_decoder": added, "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_vocab_and_merges_equal_transformers(slow_folder):
+    ours, theirs = Tokenizer.from_folder(slow_folder), AutoTokenizer.from_pretrained(slow_folder)
+    for text in HARD_TEXTS:
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text)
+        assert ours.decode(ids, False) == theirs.decode(ids)
+    assert ours.special_tokens == theirs.special_tokens_map
+    assert ours.vocab_size == len(theirs)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"tokenizer_class": "OtherTokenizer"},
+        {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True},
+        {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True},
+    ],
+)
+def test_vocab_and_merges_that_mean_something_else(tmp_path, config):
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2}')
+    (tmp_path / "merges.txt").write_text("a b\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"only vocab\.json; write it once with"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    assert Tokenizer.from_folder(tmp_path).encode("ab") == [2]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from source_tree import PARTS, Module, modules, report
 LEVELS = (
     (r"kernels(\..+)?", 0),
     (r"engine\.(errors|records|config|messages|plan|model_files|hardware)", 1),
-    (r"engine\.(tokenizer|token_pieces|detokenizer|chat_template|chat_sandbox|documents)", 1),
+    (r"engine\.(tokenizer|slow_tokenizer|token_pieces|detokenizer|chat_template|chat_sandbox|documents)", 1),
     (r"engine\.(sequence|block_manager|scheduler|memory)|engine\.formats(\..+)?", 2),
     (r"engine\.model(\..+)?|engine\.sampler", 3),
     (r"engine\.(runner|evaluate|check)|engine\.quantize(\..+)?", 4),

@@ -1,5 +1,6 @@
 """The client against a real worker process with a fake engine (fake_engine.py), so without torch."""
 
+import ast
 import asyncio
 import contextlib
 import os
@@ -306,7 +307,7 @@ async def test_thread_environment(monkeypatch):
     for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
     async with running(config=EngineConfig("fake", num_threads=3)) as client:
-        assert eval(client.info.kernel) == {
+        assert ast.literal_eval(client.info.kernel) == {
             "OMP_NUM_THREADS": "3",
             "OMP_WAIT_POLICY": "PASSIVE",
             "GOMP_SPINCOUNT": "0",
@@ -314,7 +315,7 @@ async def test_thread_environment(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     async with running() as client:
-        assert eval(client.info.kernel) == {
+        assert ast.literal_eval(client.info.kernel) == {
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "ACTIVE",
             "GOMP_SPINCOUNT": "0",

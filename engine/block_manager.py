@@ -171,9 +171,14 @@ class BlockManager:
         """
         target = seq.num_target_tokens
         usable = (target - 1) // self.block_size if self.enable_prefix_caching and seq.reads_cache else 0
+        total = self.blocks_for(target)
+        # While it waits in vain its whole prompt is not looked up in every step: one block tells.
+        if self.num_free < total - seq.num_matched_blocks + reserve and not self._matches_more(seq, usable):
+            return False
         matches = [group.match_prefix(self._chain(seq, usable)) for group in self.groups]
         num_hits = min(map(len, matches))
-        count = self.blocks_for(target) - num_hits
+        seq.num_matched_blocks = num_hits
+        count = total - num_hits
         for group, match in zip(self.groups, matches, strict=True):
             del match[num_hits:]
             if group.num_free_without(match) < count + reserve:
@@ -186,6 +191,13 @@ class BlockManager:
             self.prefix_cache_queries += seq.num_prompt_tokens
             self.prefix_cache_hits += seq.num_computed_tokens
         return True
+
+    def _matches_more(self, seq: Sequence, usable: int) -> bool:
+        """Whether more blocks may match than last time: not if the first that did not still does not."""
+        if seq.num_matched_blocks >= usable:
+            return False
+        link = self._link(seq, seq.num_matched_blocks)
+        return all(group.match_prefix((link,)) for group in self.groups)
 
     def grow(self, seq: Sequence, count: int) -> None:
         """Append ``count`` blocks to the tables of ``seq``; they must be free."""

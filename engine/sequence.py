@@ -28,6 +28,7 @@ class Sequence:
         "num_committed_blocks",
         "num_computed_tokens",
         "num_discards",
+        "num_matched_blocks",
         "num_prompt_tokens",
         "prompt_logprobs",
         "queued_seconds",
@@ -60,6 +61,7 @@ class Sequence:
         self.block_tables: list[list[int]] = []  # per KV group; empty: holds nothing
         self.block_keys: list[bytes] = []
         self.num_committed_blocks = 0
+        self.num_matched_blocks = 0  # that the last look into the prefix cache found
         self._frozen_tables: tuple[tuple[int, ...], ...] = ()
 
     @property

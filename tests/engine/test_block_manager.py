@@ -149,6 +149,29 @@ def test_admission_is_all_or_nothing() -> None:
     assert hit(books.start([*TEN[:8], *[1] * 8])) == 8
 
 
+def test_waiting_in_vain_costs_one_look_and_notices_a_new_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    books = Books(num_blocks=16)
+    prompt = list(range(40))
+    running = books.start(prompt)
+    assert running is not None
+    waiting = Sequence(1, EngineRequest(1, [*prompt, 1], SamplingParams(20)), 1000, (), 0.0)
+    looks: list[int] = []
+    look = books.manager._link
+    monkeypatch.setattr(books.manager, "_link", lambda seq, index: looks.append(index) or look(seq, index))
+    for computed in range(0, 41, 4):
+        running.num_computed_tokens = computed
+        books.manager.commit(running, computed)
+        looks.clear()
+        admitted = books.manager.admit(waiting, reserve=1)
+        assert admitted == (computed >= 24)  # 11 blocks, of which 5 are free: 6 must be found
+        if admitted:
+            break
+        looks.clear()
+        assert not books.manager.admit(waiting, reserve=1)
+        assert len(looks) == 1
+    assert hit(waiting) == 24
+
+
 def test_groups_share_only_what_all_of_them_hold() -> None:
     books = Books(groups=2)
     first = books.run(TEN)

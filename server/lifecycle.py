@@ -17,6 +17,7 @@ from pathlib import Path
 
 import uvicorn
 import uvloop
+from prometheus_client import disable_created_metrics
 from starlette.types import ASGIApp
 
 from ..engine.client import EngineClient
@@ -45,11 +46,14 @@ def serve(settings: Settings) -> int:
     Errors: ConfigError where an option, the model or the port cannot work.
     """
     started = time.monotonic()
-    logging.basicConfig(
-        stream=sys.stderr, level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
-    )
-    limit_tokenizer_threads()
     with bind(settings.host, settings.port) as listener:
+        logging.basicConfig(
+            stream=sys.stderr,
+            level=settings.log_level.upper(),
+            format="%(asctime)s %(levelname)s %(message)s",
+        )
+        disable_created_metrics()
+        limit_tokenizer_threads()
         folder = resolve_model(settings.model, settings.revision)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(settings, folder, listener, started))

@@ -99,6 +99,7 @@ def served_name(settings: Settings) -> str:
 def load_model(settings: Settings, folder: Path, client: EngineClient, created: int) -> ServedModel:
     """What the gateway itself needs of the model in ``folder``. Errors: ConfigError."""
     files = ModelFiles(folder)
+    longest = files.max_model_len()
     tokenizer = Tokenizer.from_folder(folder)
     return ServedModel(
         name=served_name(settings),
@@ -107,5 +108,5 @@ def load_model(settings: Settings, folder: Path, client: EngineClient, created: 
         chat_template=ChatTemplate.from_folder(folder, tokenizer.special_tokens, settings.chat_template),
         client=client,
         sampling_defaults=files.sampling_defaults() if settings.generation_config == "auto" else {},
-        stated_max_model_len=settings.max_model_len or files.max_model_len(),
+        stated_max_model_len=settings.max_model_len or longest,
     )

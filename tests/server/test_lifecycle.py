@@ -1,0 +1,220 @@
+"""The process itself: start, signals, drain, the engine's death, exit codes. Over a fake engine process."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from gateway_server import write_model
+from waiting import until
+
+HERE = Path(__file__).parent
+SLOW, KILL = 9001, 9003  # fake_engine's commands
+
+
+class Process:
+    """A running ``nybble serve``."""
+
+    def __init__(self, popen: "subprocess.Popen[str]", port: int) -> None:
+        self.popen = popen
+        self.url = f"http://127.0.0.1:{port}"
+        self.http = httpx.Client(base_url=self.url, timeout=20, verify=False)
+
+    def status(self, path: str) -> int | None:
+        """The status of a new connection's GET, None if there is no connection."""
+        try:
+            return httpx.get(self.url + path, timeout=5, verify=False).status_code
+        except httpx.TransportError:
+            return None
+
+    def ended(self, seconds: float = 15) -> int:
+        return self.popen.wait(seconds)
+
+    def engine_pids(self) -> list[int]:
+        children = Path(f"/proc/{self.popen.pid}/task/{self.popen.pid}/children").read_text().split()
+        return [int(pid) for pid in children]
+
+
+@contextmanager
+def process(folder: Path, environment: dict[str, str], *arguments: str) -> Iterator[Process]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        str(HERE / "fake_serve.py"),
+        "serve",
+        str(folder),
+        "--port",
+        str(port),
+        *arguments,
+    ]
+    popen = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    running = Process(popen, port)
+    try:
+        until(lambda: popen.poll() is not None or running.status("/ready") == 200, 30)
+        yield running
+    finally:
+        running.http.close()
+        popen.kill()
+        popen.communicate()
+
+
+@pytest.fixture
+def environment(child_environment: dict[str, str]) -> dict[str, str]:
+    clean = {key: text for key, text in child_environment.items() if not key.startswith("NYBBLE_")}
+    return clean | {"PYTHONPATH": str(HERE.parent / "engine")}
+
+
+def body(command: int, max_tokens: int, stream: bool = True) -> dict[str, Any]:
+    return {"prompt": [command, 65, 66], "max_tokens": max_tokens, "stream": stream}
+
+
+class Stream:
+    """A streaming request in the background."""
+
+    def __init__(self, server: Process, max_tokens: int) -> None:
+        self.lines: list[str] = []
+        self._arguments = (server, max_tokens)
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+        until(lambda: bool(self.lines), 10, 0.005)
+
+    def _run(self) -> None:
+        server, max_tokens = self._arguments
+        with httpx.stream(
+            "POST", f"{server.url}/v1/completions", json=body(SLOW, max_tokens), timeout=30, verify=False
+        ) as answer:
+            self.lines += [f"{answer.status_code}"]
+            self.lines += [line for line in answer.iter_lines() if line]
+
+    def ended(self) -> list[str]:
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+        return self.lines
+
+
+def test_start_greets_with_a_line_to_copy(folder: Path, environment: dict[str, str]) -> None:
+    with process(folder, environment, "--served-model-name", "it's") as server:
+        assert server.status("/ready") == 200
+        server.popen.terminate()
+        assert server.ended() == 0
+        output = server.popen.stdout.read()
+    assert re.match(r"it's is ready at http://127\.0\.0\.1:\d+ after \d+\.\d s", output)
+    words = shlex.split(output.splitlines()[1])
+    assert words[0] == "curl"
+    assert json.loads(words[words.index("-d") + 1])["model"] == "it's"
+
+
+def test_sigterm_drains(folder: Path, environment: dict[str, str]) -> None:
+    with process(folder, environment, "--drain-delay", "1", "--drain-timeout", "20") as server:
+        long = Stream(server, 90)  # 1.8 s
+        server.popen.terminate()
+        until(lambda: server.status("/ready") == 503, 0.8, 0.01)  # at once
+        assert server.status("/health") == 200
+        answer = httpx.post(f"{server.url}/v1/completions", json=body(65, 3, stream=False), verify=False)
+        assert answer.status_code == 200  # still served in the delay
+        until(lambda: server.http.post("/v1/completions", json=body(65, 3)).status_code == 503, 5, 0.02)
+        assert long.thread.is_alive()  # closed to new ones while the old one runs
+        lines = long.ended()
+        assert lines[0] == "200"
+        assert lines[-1] == "data: [DONE]"
+        assert "error" not in "".join(lines)
+        assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        assert server.ended() == 0
+
+
+def test_what_does_not_finish_in_time_ends_with_an_error_event(
+    folder: Path, environment: dict[str, str]
+) -> None:
+    with process(folder, environment, "--drain-delay", "0", "--drain-timeout", "0.3") as server:
+        long = Stream(server, 97)
+        began = time.monotonic()
+        server.popen.terminate()
+        lines = long.ended()
+        assert "shutting down" in json.loads(lines[-2].removeprefix("data: "))["error"]["message"]
+        assert server.ended() == 0
+        assert time.monotonic() - began < 5
+
+
+def test_a_second_signal_exits_now(folder: Path, environment: dict[str, str]) -> None:
+    with process(folder, environment, "--drain-delay", "30", "--drain-timeout", "30") as server:
+        engines = server.engine_pids()
+        assert len(engines) == 1
+        server.popen.terminate()
+        until(lambda: server.status("/ready") == 503, 5)
+        server.popen.terminate()
+        assert server.ended(2) == 128 + signal.SIGTERM
+        until(lambda: not _alive(engines[0]), 3)
+
+
+def test_interrupt_at_a_terminal_has_no_delay(folder: Path, environment: dict[str, str]) -> None:
+    with process(folder, environment, "--drain-delay", "30") as server:
+        server.popen.send_signal(signal.SIGINT)
+        assert server.ended(10) == 0
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_the_engine_dies_with_the_gateway(folder: Path, environment: dict[str, str]) -> None:
+    with process(folder, environment) as server:
+        engine = server.engine_pids()[0]
+        server.popen.kill()
+        until(lambda: not _alive(engine), 4)
+
+
+def test_engine_death_ends_streams_and_is_survived(folder: Path, environment: dict[str, str]) -> None:
+    with process(folder, environment) as server:
+        streams = [Stream(server, 97) for _ in range(4)]
+        until(lambda: all(len(stream.lines) > 1 or stream.lines == ["200"] for stream in streams), 10)
+        os.kill(server.engine_pids()[0], signal.SIGKILL)
+        for stream in streams:
+            assert (
+                json.loads(stream.ended()[-2].removeprefix("data: "))["error"]["type"]
+                == "service_unavailable"
+            )
+        until(lambda: server.status("/ready") == 200, 5)
+        assert server.http.post("/v1/completions", json=body(65, 3, stream=False)).status_code == 200
+        assert "nybble_engine_restarts_total{model_name=" in server.http.get("/metrics").text
+
+
+def test_three_deaths_end_the_server(folder: Path, environment: dict[str, str]) -> None:
+    with process(folder, environment) as server:
+        for _ in range(3):
+            until(lambda: server.status("/ready") in (200, None), 10)
+            assert server.http.post("/v1/completions", json=body(KILL, 3, stream=False)).status_code == 503
+        assert server.ended() == 1
+        assert "3 times" in server.popen.stderr.read()
+
+
+def test_a_model_that_cannot_work_is_one_line_and_exit_code_2(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    # The engine itself finds out: fake_engine refuses this folder's name.
+    with process(write_model(tmp_path / "config-error"), environment) as server:
+        assert server.ended() == 2
+        lines = server.popen.stderr.read().splitlines()
+        assert server.popen.stdout.read() == ""
+    assert [line for line in lines if "nybble: " in line] == [
+        "nybble: --model config-error: cannot work; name another"
+    ]
+    assert "Traceback" not in "".join(lines)

@@ -232,13 +232,13 @@ async def test_crash_at_load_is_retried_then_given_up(capfd):
 
 
 async def test_hung_engine_is_killed_and_restarted():
-    async with running(watchdog_seconds=0.4) as client:
-        await asyncio.sleep(0.6)  # idle is not hung
+    async with running(watchdog_seconds=1.0) as client:
+        await asyncio.sleep(1.3)  # idle is not hung
         assert client.restarts == 0
         began = time.monotonic()
-        with pytest.raises(EngineDeadError, match=r"no step for 0\.4 s"):
+        with pytest.raises(EngineDeadError, match=r"no step for 1 s"):
             await collect(client.submit([HANG], SamplingParams(1)))
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 5
         await client.wait_ready()
         assert (await collect(client.submit([1], SamplingParams(1))))[0] == [1]
 
@@ -299,7 +299,7 @@ async def test_large_messages_do_not_stall():
         client.submit([SLOW], SamplingParams(10_000))
         began = time.monotonic()
         streams = [client.submit([i] * 200_000, SamplingParams(1)) for i in range(1, 6)]
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 3
         assert [(await collect(stream))[0] for stream in streams] == [[i] for i in range(1, 6)]
 
 

@@ -390,6 +390,7 @@ def _merge(first: SequenceOutput, then: SequenceOutput) -> SequenceOutput:
     first.finish_reason = then.finish_reason
     first.stop_token_id = then.stop_token_id
     first.error = then.error
+    first.refused = then.refused
     first.num_cached_tokens = max(first.num_cached_tokens, then.num_cached_tokens)
     first.queued_seconds = max(first.queued_seconds, then.queued_seconds)
     return first

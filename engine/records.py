@@ -67,6 +67,7 @@ class SequenceOutput:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the end-of-sequence or stop id that ended it (not in token_ids)
     error: str | None = None  # with finish_reason "error"
+    refused: bool = False  # with "error": never accepted, because the request is invalid (HTTP 400)
     num_cached_tokens: int = 0  # prompt tokens read from the prefix cache
     queued_seconds: float = 0.0  # from add to the first schedule; set on the first output
 

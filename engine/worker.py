@@ -154,9 +154,9 @@ def _handle(engine: ServedEngine, message: ToEngine) -> list[SequenceOutput]:
                 try:
                     engine.add(request)
                 except RequestError as error:
-                    refused.append(
-                        SequenceOutput(request.request_id, [], finish_reason="error", error=error.message)
-                    )
+                    ending = SequenceOutput(request.request_id, [], finish_reason="error", refused=True)
+                    ending.error = error.message
+                    refused.append(ending)
         case Abort(request_ids):
             for request_id in request_ids:
                 engine.abort(request_id)

@@ -141,6 +141,7 @@ async def test_refused_request_harms_nobody():
         (tokens, _), (none, last) = await asyncio.gather(collect(good), collect(bad))
         assert tokens == [SLOW, 1, SLOW, 1]
         assert (none, last.finish_reason, last.error) == ([], "error", "refused by the fake")
+        assert last.refused
 
 
 @pytest.mark.parametrize(

@@ -239,8 +239,8 @@ def test_each_request_gets_exactly_one_ending():
         serve(Script(), channel)
     assert channel.sent == [
         [
-            SequenceOutput(1, [], finish_reason="error", error="1 is odd"),
-            SequenceOutput(3, [], finish_reason="error", error="3 is odd"),
+            SequenceOutput(1, [], finish_reason="error", error="1 is odd", refused=True),
+            SequenceOutput(3, [], finish_reason="error", error="3 is odd", refused=True),
             SequenceOutput(0, [1], finish_reason="stop"),
         ],
         [SequenceOutput(4, [1], finish_reason="stop")],

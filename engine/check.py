@@ -66,13 +66,13 @@ class CheckReport:
         lines = [f"{self.folder}: {'will load' if self.loads else 'will NOT load'}"]
         lines += [f"  problem: {problem}" for problem in self.problems]
         if self.weight_bytes:
-            many = f"{self.max_num_seqs} of {self.max_model_len} tokens"
             lines += [
                 f"  {self.architecture}, {self.num_parameters:,} parameters, {self.quantization}; "
                 f"computed in {self.dtype} on {self.device}",
                 f"  weights: {gib(self.file_bytes)} on disk, {gib(self.weight_bytes)} as served",
-                f"  KV cache: {gib(self.kv_bytes_one_request)} for one request of {self.max_model_len}, "
-                f"{gib(self.kv_bytes_all_requests)} for {many}; granted {gib(self.kv_bytes_granted)}",
+                f"  KV cache: {gib(self.kv_bytes_one_request)} for a request of {self.max_model_len} tokens, "
+                f"{gib(self.kv_bytes_all_requests)} for {self.max_num_seqs} of them; it would get "
+                f"{gib(self.kv_bytes_granted)}",
                 f"  memory free now: {gib(self.free_bytes)}",
             ]
         lines += [f"  kernel {line}" for line in self.kernels]

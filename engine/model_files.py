@@ -94,8 +94,11 @@ def _download(model: str, revision: str | None) -> Path:
     return Path(found)
 
 
-def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Json:
-    """The JSON object in ``path``. CheckpointError if it is too large, not UTF-8, not JSON or no object."""
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, *, unique: bool = True) -> Json:
+    """The JSON object in ``path``. CheckpointError if it is too large, not UTF-8, not JSON or no object.
+
+    ``unique``: two equal keys in one object, of which readers see either, are an error.
+    """
     try:
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
@@ -103,13 +106,13 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Json:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     if len(data) > max_bytes:
         raise CheckpointError(f"{path}: larger than {max_bytes >> 20} MiB, so it is not what its name says")
-    return parse_json(data, str(path))
+    return parse_json(data, str(path), unique=unique)
 
 
-def parse_json(data: bytes, name: str) -> Json:
-    """The JSON object in ``data``; ``name`` is for errors. Two equal keys in one object are an error."""
+def parse_json(data: bytes, name: str, *, unique: bool = True) -> Json:
+    """The JSON object in ``data``; ``name`` is for errors. See ``read_json``."""
     try:
-        parsed = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
+        parsed = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique if unique else None)
     except RecursionError as error:
         raise CheckpointError(f"{name}: nested too deep to be a model's file") from error
     except (UnicodeDecodeError, ValueError) as error:
@@ -137,9 +140,9 @@ class ModelFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def _optional(self, name: str, max_bytes: int = MAX_JSON_BYTES) -> Json:
+    def _optional(self, name: str) -> Json:
         path = self.folder / name
-        return read_json(path, max_bytes) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     @cached_property
     def config(self) -> Json:
@@ -193,7 +196,8 @@ class ModelFiles:
         for key, entry in decoder.items() if isinstance(decoder, dict) else ():
             if isinstance(entry, dict) and entry.get("content") == content and key.isdecimal():
                 return int(key)
-        tokenizer = self._optional("tokenizer.json", MAX_TOKENIZER_BYTES)
+        path = self.folder / "tokenizer.json"
+        tokenizer = read_json(path, MAX_TOKENIZER_BYTES, unique=False) if path.exists() else {}
         added = tokenizer.get("added_tokens")
         for entry in added if isinstance(added, list) else ():
             if isinstance(entry, dict) and entry.get("content") == content:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -206,10 +206,13 @@ class SafetensorsFiles:
 
     def get(self, name: str) -> Tensor:
         """A copy of the tensor in memory, so that nothing served stays bound to the file."""
-        info = self.tensors[name]
-        if info.path not in self._open:
-            self._open[info.path] = self._stack.enter_context(safe_open(info.path, framework="pt"))
-        tensor: Tensor = self._open[info.path].get_tensor(name)
+        path = self.tensors[name].path
+        try:
+            if path not in self._open:
+                self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+            tensor: Tensor = self._open[path].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({error})") from error
         return tensor.clone()
 
     def close(self) -> None:

@@ -193,3 +193,13 @@ def test_a_single_file_of_any_name_and_no_file(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "gptq_model-4bit-128g.safetensors")
     with SafetensorsFiles(tmp_path) as files:
         assert list(files) == ["a"]
+
+
+def test_what_only_the_library_refuses_is_a_checkpoint_error_too(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.safetensors", {"__metadata__": {"format": 7}, "a": entry()}, bytes(8))
+    with (
+        SafetensorsFiles(tmp_path) as files,
+        pytest.raises(CheckpointError, match="'a' cannot be read") as error,
+    ):
+        files.get("a")
+    assert str(path) in error.value.message

@@ -52,7 +52,7 @@ def serve(settings: Settings) -> int:
             level=settings.log_level.upper(),
             format="%(asctime)s %(levelname)s %(message)s",
         )
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         limit_tokenizer_threads()
         folder = resolve_model(settings.model, settings.revision)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

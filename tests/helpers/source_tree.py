@@ -50,7 +50,7 @@ class Module:
         ours = []
         for item in self.imports:
             head, _, rest = item.name.partition(".")
-            if head == "nybble" and rest:
+            if head == "nybble" and rest != "__version__":
                 target = rest if rest in modules() else rest.rpartition(".")[0]
                 ours.append(Import(target, item.line, item.in_function, item.typing_only))
         return ours

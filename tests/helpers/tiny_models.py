@@ -5,9 +5,12 @@ from typing import Any
 
 import torch
 from nybble.engine.config import EngineConfig
+from nybble.engine.engine import Engine
 from nybble.engine.model.decoder import Decoder, causal_attend
 from nybble.engine.model.loader import load_model
 from nybble.engine.model_files import ModelFiles
+from nybble.engine.runner import Runner
+from nybble.engine.step_model import EagerModel
 from nybble.kernels.dispatch import Ops
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -63,3 +66,11 @@ def our_logits(decoder: Decoder, token_ids: Tensor) -> Tensor:
     attend = causal_attend(decoder.config, decoder.ops, [len(token_ids)])
     with torch.no_grad():
         return decoder.logits(decoder(token_ids, torch.arange(len(token_ids)), attend))
+
+
+def engine_over(decoder: Decoder, num_blocks: int = 400, max_model_len: int = 256, **options: Any) -> Engine:
+    """An engine with a fresh KV cache; no token ends a sequence."""
+    config = EngineConfig(model="", **{"block_size": 8, **options})
+    specs = decoder.config.kv_specs("float32")
+    runner = Runner(EagerModel(decoder, specs, num_blocks, config.block_size), [], config.seed)
+    return Engine(config, runner, specs, num_blocks, max_model_len, [])

@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 export PYTHONSAFEPATH = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-dev serve check test bench gpu-check clean
+.PHONY: help env env-dev serve check test bench bench-more gpu-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -42,7 +42,11 @@ test: env-dev ## the whole test suite (ARGS="tests/engine -k sampler" for a part
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: env-dev ## load the demo model over HTTP: latency and throughput at 1, 8, 32 concurrent streams
-	$(BIN)/python benchmarks/serve.py $(ARGS)
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/serve.py $(ARGS)
+
+bench-more: env-dev ## what socket and HTTP cost per token; start-up time, memory, idle CPU
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/overhead.py
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/startup.py
 
 gpu-check: env-dev ## on a machine with an NVIDIA GPU: the tests marked gpu, then the kernel benchmarks
 	$(BIN)/python scripts/gpu_check.py $(ARGS)

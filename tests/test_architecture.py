@@ -4,9 +4,11 @@ import ast
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from source_tree import PARTS, Module, modules, report
+from source_tree import PARTS, ROOT, Module, modules, report
+from waiting import answers, complete, until
 
 LEVELS = (
     (r"kernels(\..+)?", 0),
@@ -14,7 +16,7 @@ LEVELS = (
     (r"engine\.(tokenizer|slow_tokenizer|token_pieces|detokenizer|chat_template|chat_sandbox|documents)", 1),
     (r"engine\.(sequence|block_manager|scheduler|memory)|engine\.formats(\..+)?", 2),
     (r"engine\.model(\..+)?|engine\.sampler", 3),
-    (r"engine\.(runner|tape_model|evaluate|check)|engine\.quantize(\..+)?", 4),
+    (r"engine\.(runner|step_model|tape_model|evaluate|check)|engine\.quantize(\..+)?", 4),
     (r"engine\.(engine|build)", 5),
     (r"engine\.(worker|tasks|client)", 6),
     (r"server(\..+)?", 7),
@@ -164,3 +166,37 @@ def test_torch_free_modules_are_torch_free(child_environment: dict[str, str]) ->
     command = [sys.executable, "-c", script, *names]
     done = subprocess.run(command, env=child_environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_gateway_holds_no_heavy_library(
+    child_environment: dict[str, str], free_port: int, tmp_path: Path
+) -> None:
+    """A gateway that has served a request never imported torch, transformers, numba or triton."""
+    seen = tmp_path / "imports"
+    runner = (
+        "import sys\n"
+        f"seen = open({str(seen)!r}, 'w', buffering=1)\n"
+        "def audit(event, arguments):\n"
+        "    if event == 'import': print(arguments[0], file=seen)\n"
+        "sys.addaudithook(audit)\n"
+        "from nybble.server.cli import main\n"
+        "main()\n"
+    )
+    model = ROOT / "engine" / "demo" / "bf16"
+    command = [sys.executable, "-c", runner, "serve", str(model), "--port", str(free_port)]
+    url = f"http://127.0.0.1:{free_port}"
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        gateway = subprocess.Popen(
+            [*command, "--drain-delay", "0"], env=child_environment, cwd=tmp_path, stdout=out, stderr=out
+        )
+    try:
+        until(lambda: gateway.poll() is not None or answers(f"{url}/ready"), 120)
+        assert gateway.poll() is None, log.read_text()
+        assert complete(url, 4)["usage"]["completion_tokens"] == 4
+    finally:
+        gateway.terminate()
+        gateway.wait(60)
+    imported = {name.partition(".")[0] for name in seen.read_text().split()}
+    assert {"uvicorn", "fastapi"} <= imported, "the hook must see imports at all"
+    assert imported.isdisjoint(HEAVY), sorted(imported.intersection(HEAVY))

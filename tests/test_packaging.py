@@ -1,20 +1,17 @@
 """The wheel: complete, alone in site-packages, and able to serve."""
 
-import json
 import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
 import tomllib
-import urllib.error
-import urllib.request
 import venv
 from pathlib import Path
 
 import pytest
 from source_tree import modules
-from waiting import until
+from waiting import answers, complete, until
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -124,14 +121,7 @@ def test_the_wheel_serves(
     try:
         until(lambda: answers(f"{url}/ready") or server.poll() is not None, 120)
         assert server.poll() is None, log.read_text()
-        with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as response:
-            model = json.load(response)["data"][0]["id"]
-        body = {"model": model, "prompt": "Once upon a time", "max_tokens": 8, "temperature": 0}
-        request = urllib.request.Request(
-            f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as response:
-            answer = json.load(response)
+        answer = complete(url, 8)
         assert answer["usage"]["completion_tokens"] == 8
         assert answer["choices"][0]["text"].strip()
         server.send_signal(signal.SIGTERM)
@@ -139,15 +129,6 @@ def test_the_wheel_serves(
     finally:
         server.kill()
         server.wait()
-
-
-def answers(url: str) -> bool:
-    """Whether a GET gets a 200."""
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return response.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def test_the_explicit_package_list_is_complete() -> None:

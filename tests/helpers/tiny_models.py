@@ -46,9 +46,9 @@ def tiny_transformer(model_type: str, **fields: Any) -> Any:
     return model
 
 
-def load_decoder(folder: Path, dtype: str = "float32") -> Decoder:
+def load_decoder(folder: Path, dtype: str = "float32", device: str = "cpu") -> Decoder:
     """Our decoder over a saved model."""
-    options = EngineConfig(model=str(folder), device="cpu", dtype=dtype)  # type: ignore[arg-type]
+    options = EngineConfig(model=str(folder), device=device, dtype=dtype)  # type: ignore[arg-type]
     loaded = load_model(ModelFiles(folder), options, lambda *_: None)
     ops = Ops.resolve(loaded.target)
     return Decoder(loaded.config, loaded.weights, ops, loaded.target.activation_dtype)
@@ -71,6 +71,6 @@ def our_logits(decoder: Decoder, token_ids: Tensor) -> Tensor:
 def engine_over(decoder: Decoder, num_blocks: int = 400, max_model_len: int = 256, **options: Any) -> Engine:
     """An engine with a fresh KV cache; no token ends a sequence."""
     config = EngineConfig(model="", **{"block_size": 8, **options})
-    specs = decoder.config.kv_specs("float32")
+    specs = decoder.config.kv_specs(str(decoder.dtype).removeprefix("torch."))
     runner = Runner(EagerModel(decoder, specs, num_blocks, config.block_size), [], config.seed)
     return Engine(config, runner, specs, num_blocks, max_model_len, [])

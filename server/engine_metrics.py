@@ -19,20 +19,18 @@ class EngineTotals:
     """The engine's counters, which start at 0 with each of its lives, as totals over all of them."""
 
     def __init__(self) -> None:
-        self._before = dict.fromkeys(_TOTALS, 0)
-        self._now = dict.fromkeys(_TOTALS, 0)
-        self._step = -1
+        self._before = dict.fromkeys(_TOTALS, 0)  # of earlier lives
+        self._stats: EngineStats | None = None
 
     def update(self, stats: EngineStats) -> None:
         """Take the numbers of a step."""
-        if stats.step < self._step:
+        if self._stats is not None and stats.step < self._stats.step:
             self._before = self.values()
-        self._step = stats.step
-        self._now = {name: getattr(stats, name) for name in _TOTALS}
+        self._stats = stats
 
     def values(self) -> dict[str, int]:
         """Totals by name."""
-        return {name: self._before[name] + self._now[name] for name in _TOTALS}
+        return {name: before + getattr(self._stats, name, 0) for name, before in self._before.items()}
 
 
 _TOTALS = {

@@ -82,7 +82,8 @@ def error_headers(error: NybbleError) -> dict[str, str]:
     if isinstance(error, AuthError):
         return {"www-authenticate": "Bearer"}
     # The rest of a body that we refuse to read must not be taken for the next request.
-    return {"connection": "close"} if isinstance(error, BodyTooLargeError) else {}
+    unread = isinstance(error, BodyTooLargeError) or status_of(error) == 408
+    return {"connection": "close"} if unread else {}
 
 
 def internal_error() -> NybbleError:

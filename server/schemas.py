@@ -4,9 +4,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from ..engine.errors import RequestError
 from .unsupported import ABSENT_CHAT, ABSENT_COMPLETION, ABSENT_MESSAGE, drop_passing
 
+# Limits that keep the validation of a hostile body short; what they cut off could not be served anyway.
 MAX_PROMPTS = 1024  # prompts x n of one request
+MAX_PROMPT_IDS = 1 << 20
+MAX_MESSAGES = 1 << 14
+MAX_BIASES = 1 << 18
 MAX_STOPS = 4
 MAX_STOP_CHARS = 1024
 MAX_STOP_IDS = 1024
@@ -25,6 +30,8 @@ def _prompts(value: object) -> object:
         raise ValueError("must not be empty")
     if type(value[0]) is int:
         value = [value]
+    if len(value) > MAX_PROMPTS:
+        raise ValueError(f"must be at most {MAX_PROMPTS} prompts")
     for index, prompt in enumerate(value):
         if type(prompt) is not type(value[0]) or not isinstance(prompt, (str, list)):
             raise ValueError("must be all strings, all token ids, or all lists of token ids")
@@ -36,6 +43,8 @@ def _prompts(value: object) -> object:
 def _check_ids(ids: list[Any], name: str) -> None:
     if not ids:
         raise ValueError(f"{name} has no tokens")
+    if len(ids) > MAX_PROMPT_IDS:
+        raise ValueError(f"{name} has {len(ids)} tokens, which no context holds")
     for token_id in ids:
         if type(token_id) is not int or not 0 <= token_id <= _INT32:
             raise ValueError(f"{name} must hold token ids: integers from 0 to the vocabulary's last")
@@ -70,6 +79,8 @@ def _stops(value: object) -> object:
 def _biases(value: object) -> object:
     if not isinstance(value, dict):
         raise ValueError("must be an object from token id to bias")
+    if len(value) > MAX_BIASES:
+        raise ValueError(f"must have at most {MAX_BIASES} entries")
     biases: dict[int, float] = {}
     for key, bias in value.items():
         if not (isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) <= 10):
@@ -237,6 +248,8 @@ def _with_plain_messages(fields: dict[str, Any]) -> dict[str, Any]:
     messages = fields.get("messages")
     if not isinstance(messages, list):
         return fields
+    if len(messages) > MAX_MESSAGES:
+        raise RequestError(f"'messages' has more than {MAX_MESSAGES} entries; send fewer", param="messages")
     plain = [
         drop_passing(message, ABSENT_MESSAGE, f"messages.{index}.") if isinstance(message, dict) else message
         for index, message in enumerate(messages)

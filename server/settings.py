@@ -94,7 +94,7 @@ class Settings(BaseSettings):
         256, ge=1, description="sequences that may wait for their turn; more get a 429"
     )
     max_queued_tokens: int = Field(1 << 20, ge=1, description="prompt tokens that may wait; more get a 429")
-    max_body_size: Size = Field(32 << 20, ge=1024, description="bytes of a request's body at most, as 32MiB")
+    max_body_size: Size = Field(16 << 20, ge=1024, description="bytes of a request's body at most, as 16MiB")
     drain_delay: Seconds = Field(
         5.0, description="seconds after SIGTERM in which new requests are still served while /ready fails"
     )

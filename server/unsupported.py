@@ -5,6 +5,8 @@ from typing import Any
 
 from ..engine.errors import RequestError
 
+MAX_FIELDS = 256  # of one object; more are no request but an attack on the validation
+
 # Nothing in the answer depends on them, whatever they hold.
 INERT = frozenset(
     {
@@ -82,6 +84,10 @@ def drop_passing(fields: Mapping[str, Any], absent: Absent, where: str = "") -> 
 
     Errors: RequestError that names an absent one whose value would change the result.
     """
+    if len(fields) > MAX_FIELDS:
+        raise RequestError(
+            f"'{where}*' has more than {MAX_FIELDS} fields; see /openapi.json", param=where or None
+        )
     kept: dict[str, Any] = {}
     for name, value in fields.items():
         if value is None or (not where and name in INERT):

@@ -1,6 +1,7 @@
 """Bytes in and out: bounded bodies, JSON that cannot hurt, answers, and the end of a client."""
 
 import asyncio
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from ..engine.errors import NybbleError, RequestError
-from .errors import BodyTooLargeError, MediaTypeError, error_body, error_headers, status_of
+from .errors import BodyTooLargeError, HttpError, MediaTypeError, error_body, error_headers, status_of
 
 
 async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
@@ -29,6 +30,8 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     return parsed
 
 
+_LARGE_BODY = 1 << 20
+_BODY_SECONDS = 60.0  # for a body to arrive
 _KINDS = {list: "list", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 
 
@@ -38,17 +41,34 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     if stated.isdecimal() and int(stated[:20]) > max_bytes:
         raise too_large
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise too_large
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise too_large
+    except TimeoutError as error:
+        raise HttpError(f"the body did not arrive within {_BODY_SECONDS:g} s", status=408) from error
     return bytes(body)
 
 
 def parse_json(body: bytes) -> Any:
     """Parse JSON: UTF-8 only, no NaN or Infinity, at most 200 levels deep. Errors: RequestError."""
+    if len(body) <= _LARGE_BODY:
+        return _parse(body)
+    # Millions of new lists would set off useless collections (measured: four times the time).
+    gc.disable()
     try:
-        return from_json(body, allow_inf_nan=False)
+        return _parse(body)
+    finally:
+        gc.enable()
+
+
+def _parse(body: bytes) -> Any:
+    try:
+        return from_json(
+            body, allow_inf_nan=False, cache_strings="keys" if len(body) <= _LARGE_BODY else "none"
+        )
     except ValueError as error:
         raise RequestError(f"the body is not valid JSON: {str(error)[:200]}") from error
 

@@ -12,6 +12,7 @@ from fake_client import VOCAB
 from gateway_server import GatewayServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nybble.server import wire
 
 COMPLETION = {"prompt": "a", "max_tokens": 2}
 CHAT = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
@@ -179,6 +180,30 @@ def test_a_body_beyond_the_limit(server: GatewayServer) -> None:
         except httpx.TransportError:
             continue
     assert server.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {f"field{index}": index for index in range(300)},
+        {"messages": [{"role": "user", "content": "a"}] * 20_000},
+        {"messages": [{f"field{index}": index for index in range(300)}]},
+        {"logit_bias": {str(index): 0 for index in range(300_000)}},
+        {"stop_token_ids": [1] * 2000},
+    ],
+    ids=lambda extra: next(iter(extra)),
+)
+def test_too_much_of_anything(server: GatewayServer, extra: dict[str, Any]) -> None:
+    refused(server.post("/v1/chat/completions", {**CHAT, **extra}))
+    refused(server.post("/v1/completions", {"prompt": [5] * 1_100_000}))
+
+
+def test_a_body_that_never_arrives(server: GatewayServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "_BODY_SECONDS", 0.1)
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 408")
 
 
 def test_headers_beyond_the_limit(server: GatewayServer) -> None:

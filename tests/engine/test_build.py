@@ -33,10 +33,10 @@ def generate(engine: Any, length: int) -> list[int]:
 def test_an_engine_that_answers_and_knows_what_it_is(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, dense_tensors(torch.bfloat16), eos_token_id=[2, 3])
     calls: list[tuple[str, int, int, str]] = []
-    engine, info = build(folder, lambda *call: calls.append(call), max_num_seqs=2)
+    engine, info = build(folder, lambda *call: calls.append(call), max_num_seqs=2, dtype="float32")
     assert len(generate(engine, 30)) == 30
-    assert (info.architecture, info.device, info.dtype) == ("LlamaForCausalLM", "cpu", "float16")
-    assert (info.quant_method, info.bits, info.vocab_size) == ("none", 16, 80)
+    assert (info.architecture, info.device, info.dtype) == ("LlamaForCausalLM", "cpu", "float32")
+    assert (info.quant_method, info.bits, info.vocab_size) == ("none", 32, 80)
     assert (info.max_model_len, info.eos_token_ids, info.num_threads) == (128, [2, 3], 1)
     assert info.num_kv_blocks == 2 * 128 // 16
     assert info.kv_bytes == info.num_kv_blocks * 16 * (2 * 2 * 32 * 4)
@@ -44,6 +44,8 @@ def test_an_engine_that_answers_and_knows_what_it_is(tmp_path: Path) -> None:
     assert sum(info.startup_seconds.values()) == pytest.approx(info.load_seconds)
     assert list(dict.fromkeys(call[0] for call in calls)) == ["weights", "kv cache", "warm-up"]
     assert torch.get_num_threads() == 1
+    _, halves = build(folder)
+    assert (halves.dtype, halves.bits) == ("float16", 16)
 
 
 def test_the_warm_up_leaves_no_trace(tmp_path: Path) -> None:

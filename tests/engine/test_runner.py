@@ -14,6 +14,7 @@ from nybble.engine.records import KVSpec, SamplingParams
 from nybble.engine.runner import Runner
 from nybble.engine.step_model import EagerModel, allocate_kv_cache, kv_cache_dtype
 from nybble.kernels.dispatch import Target
+from nybble.kernels.paged import PagedSequence
 from tiny_models import engine_over, load_decoder, our_logits, tiny_transformer, transformers_logits
 
 BLOCK = 8
@@ -314,6 +315,61 @@ def test_the_cache_takes_memory_only_when_written() -> None:
 def test_dtype_of_the_cache() -> None:
     assert kv_cache_dtype(Target("cpu", torch.float16)) == "float32"
     assert kv_cache_dtype(Target("cuda", torch.bfloat16)) == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_activations_as_on_a_gpu(decoder: Decoder, dtype: torch.dtype) -> None:
+    """Every op of the device-neutral path in half precision, cache included; here on the CPU."""
+    config, half = decoder.config, {}
+    for name, weight in collect_weights(decoder).items():
+        half[name] = weight.to(dtype) if isinstance(weight, torch.Tensor) else HalfLinear(weight, dtype)
+    small = Decoder(config, half, decoder.ops, dtype)  # type: ignore[arg-type]
+    model = EagerModel(small, config.kv_specs(str(dtype).removeprefix("torch.")), 16, BLOCK)
+    with torch.inference_mode():
+        chunks = [(PROMPT[:11], 0, (5, 2)), (PROMPT[11:], 11, (5, 2, 9))]
+        rows = [
+            model.logits(model.forward(tokens, [[PagedSequence(0, len(tokens), start, table)]] * 2).clone())
+            for tokens, start, table in chunks
+        ]
+    logits = torch.cat(rows)
+    expected = our_logits(decoder, torch.tensor(PROMPT))
+    assert logits.dtype == torch.float32
+    error = (logits - expected).norm() / expected.norm()
+    assert error < (0.05 if dtype == torch.bfloat16 else 0.01)
+
+
+class HalfLinear:
+    """A linear whose input and output are half precision."""
+
+    def __init__(self, linear: Any, dtype: torch.dtype) -> None:
+        self._linear, self._dtype = linear, dtype
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.dtype == self._dtype
+        out: torch.Tensor = self._linear(x.float())
+        return out.to(self._dtype)
+
+
+def collect_weights(decoder: Decoder) -> dict[str, Any]:
+    """A decoder's weights under their slots' names again."""
+    heads = decoder.config.num_heads
+    weights: dict[str, Any] = {
+        "model.embed_tokens": decoder.embed_tokens,
+        "model.norm": decoder.norm,
+        "lm_head": decoder.lm_head,
+    }
+    for layer in decoder.layers:
+        prefix = f"model.layers.{layer.index}."
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            weights[prefix + name] = getattr(layer, name)
+        for name in ("qkv_proj", "o_proj"):
+            weights[f"{prefix}self_attn.{name}"] = getattr(layer, name)
+        for name in ("gate_up_proj", "down_proj"):
+            weights[f"{prefix}mlp.{name}"] = getattr(layer, name)
+        assert layer.qk_norm is not None
+        weights[prefix + "self_attn.q_norm"] = layer.qk_norm[0]
+        weights[prefix + "self_attn.k_norm"] = layer.qk_norm[heads]
+    return weights
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from .calibrate import Calibration
 from .grid import Grid, fit, pack
 from .hessian import HessianFactor, factorize
 from .options import QuantizeOptions
-from .pipeline import QuantizedModule, Specs, blockwise
+from .pipeline import BATCH_TOKENS, QuantizedModule, Specs, blockwise
 from .source import Source
 
 LAZY_BLOCK = 128  # columns whose errors reach the columns after them in one matrix product
@@ -116,12 +116,14 @@ class GPTQ:
         }
 
     def peak_bytes(self, config: ModelConfig, num_tokens: int) -> int:
-        """Activations and rotary angles, one block in fp32, five [K, K] and five of the widest module."""
+        """Hidden states and angles; a batch in a block; the block; five [K, K] and modules; all fp32."""
         hidden, ffn = config.hidden_size, config.intermediate_size
         heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         block = hidden * (2 * heads + 2 * kv_heads + 3 * ffn)
         widest = max(ffn, heads, hidden)
-        return 4 * (num_tokens * (hidden + 2 * config.head_dim) + block + 5 * widest * (widest + hidden))
+        kept = num_tokens * (hidden + 2 * config.head_dim)
+        passing = min(num_tokens, BATCH_TOKENS) * (4 * hidden + 2 * heads + 2 * kv_heads + 4 * ffn)
+        return 4 * (kept + passing + block + 5 * widest * (widest + hidden))
 
     def prepare(self, hessian: Tensor, spec: QuantSpec) -> HessianFactor:
         """See Rounder."""

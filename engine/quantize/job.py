@@ -166,10 +166,10 @@ def _stored(storage: GPTQFormat, module: QuantizedModule) -> dict[str, Tensor]:
 
 
 def _copy_dense(source: Source, writer: CheckpointWriter, quantized: set[str]) -> None:
-    """Everything that was not quantized, as it is stored."""
+    """Everything that was not quantized, biases too, as it is stored."""
     for name in source.files:
         module, _, kind = name.rpartition(".")
-        if module not in quantized or kind not in ("weight", "bias"):
+        if module not in quantized or kind != "weight":
             writer.add(name, source.files.get(name))
 
 

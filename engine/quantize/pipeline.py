@@ -7,7 +7,7 @@ block (fp32), the Hessian at hand with its factor, and the calibration's activat
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
@@ -33,9 +33,9 @@ Specs = Mapping[str, QuantSpec]  # by module name; modules that are not in it st
 class QuantizedModule:
     """What became of one module.
 
-    weight: None where it must stay dense, ``warning`` says why. weight_error: ||W - Q||^2 / ||W||^2.
-    output_error: the same of the outputs on the calibration text, None where none was used.
-    damping: what the Hessian needed.
+    weight: without the bias, which is not touched; None where it must stay dense, ``warning`` says why.
+    weight_error: ||W - Q||^2 / ||W||^2. output_error: the same of the outputs on the calibration text,
+    None where none was used. damping: what the Hessian needed.
     """
 
     name: str
@@ -185,9 +185,7 @@ def _quantize_slot(
             prepared[spec] = _prepare(rounder, hessian, spec)
         module = _quantize(part.name, linear.weight[rows], hessian, spec, (rounder, prepared[spec]))
         if module.weight is not None:
-            bias = None if linear.bias is None else linear.bias[rows]
             linear.weight[rows] = module.weight.dequantize()
-            module = replace(module, weight=replace(module.weight, bias=bias))
         yield module
 
 

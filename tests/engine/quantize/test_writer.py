@@ -1,0 +1,93 @@
+"""The streaming writer against the safetensors library."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from nybble.engine.errors import ConfigError
+from nybble.engine.formats.safetensors_files import SafetensorsFiles
+from nybble.engine.quantize import writer
+from nybble.engine.quantize.writer import CheckpointWriter
+from safetensors.torch import load_file
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.uint8, torch.float64, torch.bool)
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    """Of every dtype and of sizes that leave the next one unaligned, also empty, scalar and transposed."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for number in range(40):
+        shape = [(3,), (5, 7), (), (0, 4), (8, 8), (1,)][number % 6]
+        value = torch.randint(0, 2, shape, generator=generator).to(DTYPES[number % 7])
+        found[f'name "{number}" ü'] = value.T if value.dim() == 2 else value
+    return found
+
+
+def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
+    expected = tensors()
+    with CheckpointWriter(tmp_path / "out", expected, overwrite=False) as target:
+        for name, tensor in expected.items():
+            target.add(name, tensor)
+        assert not (tmp_path / "out").exists()
+        target.commit()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    with SafetensorsFiles(tmp_path / "out") as files:
+        assert set(files) == set(expected)
+
+
+def test_shards_have_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "MAX_SHARD_BYTES", 100)
+    expected = tensors()
+    with CheckpointWriter(tmp_path / "out", expected, overwrite=False) as target:
+        for name, tensor in expected.items():
+            target.add(name, tensor)
+        target.add_json("config.json", {"a": 1})
+        target.commit()
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    shards = sorted({*index["weight_map"].values()})
+    assert len(shards) > 3
+    assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
+    found = {}
+    for shard in shards:
+        part = load_file(tmp_path / "out" / shard)
+        assert sum(t.nbytes for t in part.values()) <= 512  # one tensor may be larger than the limit
+        assert all(index["weight_map"][name] == shard for name in part)
+        found |= part
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_without_commit_nothing_is_there(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path / "out", ["a"], overwrite=False) as target:
+        target.add("a", torch.zeros(5))
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("here")
+    with pytest.raises(ConfigError, match="is no folder"):
+        CheckpointWriter(tmp_path / "file", [], overwrite=True)
+    with (
+        pytest.raises(ConfigError, match="cannot be written"),
+        CheckpointWriter(tmp_path / "file" / "out", [], overwrite=False),
+    ):
+        pass
+
+
+def test_a_folder_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with CheckpointWriter(out, ["a"], overwrite=False) as target:
+        target.add("a", torch.zeros(5))
+        out.mkdir()
+        (out / "mine").touch()
+        with pytest.raises(ConfigError, match="not empty"):
+            target.commit()
+    assert [path.name for path in out.iterdir()] == ["mine"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

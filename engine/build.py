@@ -3,7 +3,9 @@
 import contextlib
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,9 +25,11 @@ from .model.plan import find_problems, problems_error, weight_plan
 from .model_files import ModelFiles
 from .plan import NewSequence, ScheduledSequence, StepPlan
 from .records import ModelInfo, SamplingParams
-from .runner import Runner, kv_cache_dtype
+from .runner import Runner
+from .step_model import EagerModel, StepModel, kv_cache_dtype
 
 Progress = Callable[[str, int, int, str], None]
+TAPE_KERNELS = frozenset({"cpu-int8", "cpu-fp32", "cpu-dense"})
 _WARM_UP_ID = -1  # no sequence of the engine has it
 
 
@@ -44,11 +48,16 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[Engine, Mode
     clock.lap("check")
     loaded = load_model(files, config, progress, target)
     clock.lap("weights")
-    specs = loaded.config.kv_specs(kv_cache_dtype(target))
+    tape = _tape_module(loaded, config, progress)
+    specs = loaded.config.kv_specs(kv_cache_dtype(target, compiled=tape is not None))
     kv = plan_kv_cache(specs, config, max_model_len, _free_memory(config, target))
     progress("kv cache", 1, 1, kv.line())
-    decoder = Decoder(loaded.config, loaded.weights, Ops.resolve(target), target.activation_dtype)
-    runner = Runner(decoder, specs, kv.num_blocks, config.block_size, eos_token_ids, config.seed)
+    if tape is None:
+        decoder = Decoder(loaded.config, loaded.weights, Ops.resolve(target), target.activation_dtype)
+        model: StepModel = EagerModel(decoder, specs, kv.num_blocks, config.block_size)
+    else:
+        model = tape.build_tape_model(loaded, specs, kv.num_blocks, config, num_threads)
+    runner = Runner(model, eos_token_ids, config.seed)
     clock.lap("kv_cache")
     _warm_up(runner, len(specs), min(config.block_size, max_model_len) - 1, loaded)
     progress("warm-up", 1, 1, "")
@@ -77,6 +86,19 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[Engine, Mode
         cpu_features=_cpu_line(),
     )
     return engine, info
+
+
+def _tape_module(loaded: LoadedModel, config: EngineConfig, progress: Progress) -> Any:
+    """``tape_model`` (it imports numba) where compiled kernels took all linears, else None; says why."""
+    others = {layer.kernel for layer in loaded.report.layers} - TAPE_KERNELS
+    if others:
+        reason = f"{', '.join(sorted(others))} cannot be recorded"
+    elif config.block_size < 16:
+        reason = f"--block-size {config.block_size}: the compiled attention needs 16 or more"
+    else:
+        return import_module(".tape_model", __package__)
+    progress("kv cache", 0, 1, f"steps run op by op, not as a tape: {reason}")
+    return None
 
 
 class _Clock:

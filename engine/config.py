@@ -7,6 +7,8 @@ from .errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
+CpuKernels = Literal["auto", "vnni", "avx2", "torch"]
+CpuActivations = Literal["int8", "fp32"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,15 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     lag: int = 1  # steps planned ahead of the one that runs: 0 or 1
     seed: int = 0
+    cpu_kernels: CpuKernels = "auto"  # compiled ones for the CPU's best instruction set, or for this one
+    cpu_activations: CpuActivations | None = None  # what low-bit weights meet in compiled kernels
+
+    @property
+    def low_bit_activations(self) -> CpuActivations:
+        """``cpu_activations``, by default int8, but fp32 (exact) where ``--dtype float32`` is asked for."""
+        if self.cpu_activations is not None:
+            return self.cpu_activations
+        return "fp32" if self.dtype == "float32" else "int8"
     generation_config: Literal["auto", "none"] = "auto"
 
     def __post_init__(self) -> None:

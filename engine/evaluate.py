@@ -89,7 +89,9 @@ class Scorer:
         def report(phase: str, done: int, total: int, line: str) -> None:
             progress(phase, done, total)
 
-        loaded = load_model(ModelFiles(folder), EngineConfig(str(folder), dtype=dtype), report)
+        # torch's kernels: exact for whatever dtype is asked for, and quick for whole documents.
+        config = EngineConfig(str(folder), dtype=dtype, cpu_kernels="torch")
+        loaded = load_model(ModelFiles(folder), config, report)
         self.config = loaded.config
         self.device = loaded.target.device
         self.weight_bytes = loaded.report.weight_bytes

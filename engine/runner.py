@@ -5,7 +5,6 @@ a few percent of a step, and both would take turns at the interpreter's lock aft
 """
 
 import math
-import mmap
 import random
 from collections import deque
 from collections.abc import Sequence
@@ -14,35 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..kernels.dispatch import Target
-from ..kernels.paged import AttentionPlan, PagedSequence, PlanOptions, plan_attention
-from .model.decoder import Decoder
+from ..kernels.paged import PagedSequence
 from .plan import PENDING, SampledOutput, ScheduledSequence, StepPlan
-from .records import KVSpec, TokenLogprobs
+from .records import TokenLogprobs
 from .sampler import Sampler, SamplingState, score_tokens
+from .step_model import StepModel
 
 _LOGITS_BYTES = 32 << 20  # one piece of fp32 logits; sampling holds about three such tensors
-_GATHER_BYTES = 64 << 20  # one padded batch of gathered pages of one layer
 _NOT_FINITE = "the model's output is not finite (NaN or infinity) for this request"
-
-
-def kv_cache_dtype(target: Target) -> str:
-    """The dtype the KV cache should have: what attention computes in.
-
-    fp32 on a CPU in every case: torch's attention would first convert fp16 pages, which costs more than the
-    bytes it saves at the batch sizes that fit a CPU.
-    """
-    return str(target.activation_dtype).removeprefix("torch.")
-
-
-def allocate_kv_cache(spec: KVSpec, num_blocks: int, block_size: int, device: str = "cpu") -> Tensor:
-    """[layers, blocks, block_size, 2 (K, V), Hkv, D] of zeros. A CPU's memory is taken when first written."""
-    shape = (len(spec.layers), num_blocks, block_size, 2, spec.num_kv_heads, spec.head_dim)
-    dtype: torch.dtype = getattr(torch, spec.dtype)
-    if torch.device(device).type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,44 +52,19 @@ class _Handle:
 
 
 class Runner:
-    """An executor over a decoder and a KV cache that it allocates.
+    """An executor over a step model.
 
     ``seed``: where requests without a seed draw theirs from, in the order of their arrival.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        kv_specs: Sequence[KVSpec],
-        num_blocks: int,
-        block_size: int,
-        eos_token_ids: Sequence[int],
-        seed: int = 0,
-    ) -> None:
-        self._decoder = decoder
-        self._device = str(decoder.embed_tokens.device)
-        self._block_size = block_size
-        self._specs = tuple(kv_specs)
-        self._caches = [allocate_kv_cache(spec, num_blocks, block_size, self._device) for spec in kv_specs]
-        # Layer -> (its group's index, its own cache [blocks, block_size, 2, Hkv, D]).
-        self._layers = {
-            layer: (group, self._caches[group][place])
-            for group, spec in enumerate(kv_specs)
-            for place, layer in enumerate(spec.layers)
-        }
-        assert sorted(self._layers) == list(range(decoder.config.num_layers))
-        self._scale = 1 / math.sqrt(decoder.config.head_dim)
-        self._logit_rows = max(1, _LOGITS_BYTES // (4 * decoder.config.vocab_size))
+    def __init__(self, model: StepModel, eos_token_ids: Sequence[int], seed: int = 0) -> None:
+        self._model = model
+        self._logit_rows = max(1, _LOGITS_BYTES // (4 * model.vocab_size))
         self._sampler = Sampler(eos_token_ids)
         self._states: dict[int, SamplingState] = {}
         self._broken: set[int] = set()  # sequences that met a NaN, until the engine has ended them
         self._seeds = random.Random(seed)
         self._queue: deque[_Handle] = deque()
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of the KV cache, touched or not."""
-        return sum(cache.numel() * cache.element_size() for cache in self._caches)
 
     @property
     def num_sequences(self) -> int:
@@ -159,9 +112,8 @@ class Runner:
 
     def _compute(self, work: Sequence[_Work]) -> dict[int, SampledOutput]:
         """What the step finds for each sequence; nothing of use for those that break in it."""
-        plans = [self._plan_group(group, work) for group in range(len(self._specs))]
-        hidden = self._forward(work, plans)
-        self._find_broken(hidden, work, plans)
+        hidden = self._forward(work)
+        self._find_broken(hidden, work)
         scores = {
             w.plan.seq_id: self._score_prompt(hidden, w)
             for w in work
@@ -178,54 +130,35 @@ class Runner:
             for w in work
         }
 
-    def _forward(self, work: Sequence[_Work], plans: Sequence[AttentionPlan]) -> Tensor:
+    def _forward(self, work: Sequence[_Work]) -> Tensor:
         """[T, H]: the final hidden states of all the step's tokens; their K and V are in the cache then."""
         token_ids: list[int] = []
-        positions: list[int] = []
         for w in work:
             token_ids += w.plan.token_ids
-            positions += range(w.plan.start, w.plan.start + len(w.plan.token_ids))
             if token_ids[-1] == PENDING:
                 token_ids[-1] = w.state.output_token_ids[-1]
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            group, cache = self._layers[layer]
-            ops.kv_write(k, v, cache, plans[group].slot_mapping)
-            out: Tensor = ops.paged_attention(q, cache, plans[group], self._scale)
-            return out
-
-        ops = self._decoder.ops
-        ids = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
-        return self._decoder(ids, torch.tensor(positions, dtype=torch.int64, device=self._device), attend)
-
-    def _plan_group(self, group: int, work: Sequence[_Work]) -> AttentionPlan:
-        spec = self._specs[group]
-        token_bytes = 2 * spec.num_kv_heads * spec.head_dim * self._caches[group].element_size()
-        options = PlanOptions(
-            self._block_size, spec.window, self._device, self._decoder.dtype, _GATHER_BYTES // token_bytes
-        )
-        sequences = [
-            PagedSequence(w.first, len(w.plan.token_ids), w.plan.start, w.plan.block_tables[group])
-            for w in work
+        groups = [
+            [
+                PagedSequence(w.first, len(w.plan.token_ids), w.plan.start, table)
+                for w, table in zip(work, tables, strict=True)
+            ]
+            for tables in zip(*(w.plan.block_tables for w in work), strict=True)
         ]
-        return plan_attention(sequences, options)
+        return self._model.forward(token_ids, groups)
 
-    def _find_broken(self, hidden: Tensor, work: Sequence[_Work], plans: Sequence[AttentionPlan]) -> None:
-        """Note the sequences with a NaN or an infinity, and clean the slots that they have just written.
+    def _find_broken(self, hidden: Tensor, work: Sequence[_Work]) -> None:
+        """Note the sequences with a NaN or an infinity, and erase what they have just written to the cache.
 
-        A masked slot still takes part in attention, times zero, and zero times NaN is NaN: without this, one
-        sequence's overflow would spread through the cache. A bad K or V always shows in ``hidden``, because
+        Without this, one sequence's overflow could spread. A bad K or V always shows in ``hidden``, because
         each token attends to itself.
         """
         if math.isfinite(float(hidden.sum())):
             return
         finite = hidden.isfinite().all(-1).tolist()
         for w in work:
-            if all(finite[w.first : w.last + 1]):
-                continue
-            self._broken.add(w.plan.seq_id)
-            for cache, plan in zip(self._caches, plans, strict=True):
-                cache.flatten(1, 2)[:, plan.slot_mapping[w.first : w.last + 1]] = 0
+            if not all(finite[w.first : w.last + 1]):
+                self._broken.add(w.plan.seq_id)
+                self._model.erase(w.first, w.last + 1)
 
     def _sample(self, hidden: Tensor, work: Sequence[_Work]) -> dict[int, SampledOutput]:
         """One token for each of ``work``, booked in its state."""
@@ -234,8 +167,8 @@ class Runner:
             piece = work[begin : begin + self._logit_rows]
             rows = [w.last for w in piece]
             whole = len(rows) == hidden.shape[0]
-            chosen = hidden if whole else hidden[torch.tensor(rows, dtype=torch.int64, device=self._device)]
-            sampled = self._sampler.sample(self._decoder.logits(chosen), [w.state for w in piece])
+            chosen = hidden if whole else hidden[rows]
+            sampled = self._sampler.sample(self._model.logits(chosen), [w.state for w in piece])
             for w, row in zip(piece, sampled, strict=True):
                 seq_id = w.plan.seq_id
                 if not row.finite:
@@ -253,7 +186,7 @@ class Runner:
         for begin in range(0, len(targets), self._logit_rows):
             piece = targets[begin : begin + self._logit_rows]
             rows = hidden[work.first + begin : work.first + begin + len(piece)]
-            found += score_tokens(self._decoder.logits(rows), piece, count)
+            found += score_tokens(self._model.logits(rows), piece, count)
         if not all(math.isfinite(score.logprob) for score in found):
             self._broken.add(work.plan.seq_id)
         return tuple(found)

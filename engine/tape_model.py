@@ -14,22 +14,25 @@ from ..kernels.cpu.paged_attention import SPAN_ROWS
 from ..kernels.cpu.pool import Pool
 from ..kernels.cpu.recorder import PagedCache, Recorder
 from ..kernels.cpu.tape import GroupInputs, Inputs, Tape
+from ..kernels.cpu.weights import DenseWeight
 from ..kernels.paged import PagedSequence
+from .config import EngineConfig
 from .model.config import ModelConfig
 from .model.decoder import Decoder
 from .model.layers import Linear, RotaryEmbedding
+from .model.loader import LoadedModel
 from .records import KVSpec
 
 _HEAD_ROWS = 64  # rows that go through the output head at once
 _ROTARY_CHUNK = 4096  # positions whose angles are computed when the first of them is needed
 
 
-def why_no_tape(weights: Mapping[str, Linear | Tensor]) -> str | None:
-    """Why a decoder over these weights cannot be recorded, or None."""
-    for name, weight in weights.items():
-        if isinstance(weight, Linear) and not all(isinstance(p, CompiledLinear) for p in weight.parts):
-            return f"{name} is computed by another kernel"
-    return None
+def build_tape_model(
+    loaded: LoadedModel, specs: Sequence[KVSpec], num_blocks: int, config: EngineConfig, num_threads: int
+) -> "TapeModel":
+    """Record the decoder of a loaded model."""
+    shape = (num_blocks, config.block_size)
+    return TapeModel(loaded.config, loaded.weights, specs, shape, num_threads, config.max_num_batched_tokens)
 
 
 class _RecordedLinear:
@@ -42,6 +45,13 @@ class _RecordedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._recorder.linear([part.weight for part in self._parts], x, self._parts[0].int8)
+
+
+def _dense_head(head: Linear | Tensor) -> DenseWeight | None:
+    """The head's weight if it is dense: embeddings can then be read from it."""
+    assert isinstance(head, Linear)
+    (part,) = head.parts
+    return part.weight if isinstance(part, CompiledLinear) and isinstance(part.weight, DenseWeight) else None
 
 
 class _RotaryTable:
@@ -74,11 +84,13 @@ class TapeModel:
         config: ModelConfig,
         weights: Mapping[str, Linear | Tensor],
         specs: Sequence[KVSpec],
-        num_blocks: int,
-        block_size: int,
+        cache_shape: tuple[int, int],
         num_threads: int,
         max_tokens: int,
     ) -> None:
+        """cache_shape: (blocks, tokens in a block); max_tokens: of one step."""
+        num_blocks, block_size = cache_shape
+        self.vocab_size = config.vocab_size
         isa = next(p.isa for w in weights.values() if isinstance(w, Linear) for p in w.parts)
         self._config = config
         self._block_size = block_size
@@ -88,7 +100,8 @@ class TapeModel:
         self._rotary = _RotaryTable(config, config.max_position_embeddings)
         self._tables: dict[int, tuple[tuple[int, ...], np.ndarray]] = {}
         kernels = kernels_for(isa)
-        self._body = self._record_body(Recorder(kernels, self._inputs, num_threads), weights)
+        tied = _dense_head(weights["lm_head"]) if config.tie_word_embeddings else None
+        self._body = self._record_body(Recorder(kernels, self._inputs, num_threads, tied), weights)
         self._head_inputs = Inputs(_HEAD_ROWS)
         self._head_hidden = torch.zeros(_HEAD_ROWS, config.hidden_size)
         recorder = Recorder(kernels, self._head_inputs, num_threads)
@@ -116,7 +129,7 @@ class TapeModel:
         return sum(cache.keys.nbytes + cache.values.nbytes for cache in self._caches)
 
     def forward(self, token_ids: Sequence[int], groups: Sequence[Sequence[PagedSequence]]) -> Tensor:
-        """[T, H]: a step's final hidden states, valid until the next one. ``groups``: its rows per KV group."""
+        """[T, H]: see StepModel. Valid until the next call."""
         inputs, count = self._inputs, len(token_ids)
         inputs.tokens[0] = count
         inputs.token_ids[:count] = token_ids
@@ -170,12 +183,13 @@ class TapeModel:
                 pieces[-1] = pieces[-1].clone()
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def clean(self, tables: Sequence[tuple[int, ...]]) -> None:
-        """Make the pages of a broken sequence finite; ``tables``: per KV group."""
+    def erase(self, first: int, last: int) -> None:
+        """See StepModel."""
         for cache in self._caches:
-            pages = torch.tensor(tables[cache.group], dtype=torch.int64)
-            cache.keys[pages] = cache.keys[pages].nan_to_num()
-            cache.values[pages] = cache.values[pages].nan_to_num()
+            slots = torch.from_numpy(self._inputs.groups[cache.group].slots[first:last])
+            block, token = slots // self._block_size, slots % self._block_size
+            cache.keys[block, :, token // 16, :, token % 16] = 0
+            cache.values[block, :, token] = 0
 
     def close(self) -> None:
         """End the threads."""

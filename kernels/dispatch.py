@@ -62,6 +62,8 @@ class WeightTraits:
         else:
             assert weight.scales is not None
             max_abs = float(weight.scales.float().abs().max()) * 2.0**weight.spec.num_bits
+            if weight.outliers is not None and weight.outliers.values.numel():
+                max_abs += float(weight.outliers.values.abs().max())
         return WeightTraits(
             weight.out_features,
             weight.in_features,

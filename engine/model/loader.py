@@ -110,7 +110,8 @@ def resolve_target(
         dtype = _stored_dtype(checkpoint_format, found)
         if dtype == torch.bfloat16 and device == "cpu":
             dtype = torch.float16
-    return Target(device, dtype, cpu_features() if device == "cpu" else frozenset())
+    features = cpu_features() if device == "cpu" else frozenset()
+    return Target(device, dtype, features, config.cpu_kernels, config.low_bit_activations)
 
 
 def _stored_dtype(checkpoint_format: Format, found: Mapping[str, TensorInfo]) -> torch.dtype:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import activations, exact_linear, int8_linear, paged_attention, rows
+from . import activations, exact_linear, int8_linear, overlay, paged_attention, rows
 from .abi import compile_kernel
 from .l16 import GROUP, ROWS, padded
 from .tape import BY_COLUMNS, BY_HEADS, BY_ROWS, Call, Inputs, Scratch, Tape, build_tape
@@ -45,13 +45,18 @@ class PagedCache:
 class Recorder:
     """Collects calls. Its ops have the signatures of ``kernels/reference.py``, over meta tensors."""
 
-    def __init__(self, kernels: Kernels, inputs: Inputs, num_threads: int) -> None:
+    def __init__(
+        self, kernels: Kernels, inputs: Inputs, num_threads: int, tied_head: DenseWeight | None = None
+    ) -> None:
+        """tied_head: embeddings are read from its layout, so that the table need not be kept as well."""
+        self._tied_head = tied_head
         self.kernels = kernels
         self.inputs = inputs
         self._num_threads = num_threads
         self._calls: list[Call] = []
         self._scratch_bytes = 0
         self._quantized: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
+        self._tiles: dict[tuple[int, int, int], Tensor] = {}
         self._kept: list[Tensor] = []
 
     def buffer(self, width: int) -> Tensor:
@@ -68,6 +73,12 @@ class Recorder:
         """See reference; the token ids are the inputs'."""
         width = table.shape[1]
         out = self.buffer(width)
+        if self._tied_head is not None:
+            head = self._tied_head
+            source = (self.inputs.token_ids, self.inputs.tokens, head.values, head.values.shape[1])
+            kernel = self.kernels.get(rows.tied_embedding_kernel, head.kind)
+            self._call(kernel, (*source, width, out, _ld(out)), BY_ROWS)
+            return out
         args = (self.inputs.token_ids, self.inputs.tokens, table.contiguous(), width, out, _ld(out))
         self._call(self.kernels.get(rows.embedding_kernel, KINDS[table.dtype]), args, BY_ROWS)
         return out
@@ -160,7 +171,29 @@ class Recorder:
                 kernel = self.kernels.get(exact_linear.exact_kernel, isa, weight.num_bits, FLOAT32, asym)
                 ordered = self._ordered(x, weight.groups, weight.perm)
                 args = (*packed, ordered, _ld(ordered), tokens, out, _ld(out), *shape)
+        add = None
+        if isinstance(weight, LowBitWeight) and weight.overlay is not None:
+            add = self._overlay(weight.overlay, x, out, weight.blocks)
         self._call(kernel, args, BY_COLUMNS)
+        if add is not None:
+            self._calls.append(add)
+
+    def _overlay(self, weight: overlay.OverlayWeight, x: Tensor, out: Tensor, blocks: int) -> Call:
+        """The call that adds residuals, each thread to the outputs that it computed itself."""
+        kernel = self.kernels.get(overlay.overlay_kernel, self.kernels.isa, weight.wide)
+        head = (x, _ld(x), x.shape[1], self._tiled(x), self.inputs.tokens, out, _ld(out), blocks)
+        return Call(kernel, (*head, *weight.arrays, *self._scratch(4 * ROWS)), BY_COLUMNS, follows=True)
+
+    def _tiled(self, x: Tensor) -> Tensor:
+        """x in tiles of 8 tokens; shared by all weights over it."""
+        key = _identity(x)
+        if key not in self._tiles:
+            size = x.shape[1]
+            tiles = torch.empty(padded(self.inputs.max_tokens, overlay.TILE), size, device="meta")
+            self._tiles[key] = tiles
+            args = (x, _ld(x), size, self.inputs.tokens, tiles)
+            self._call(self.kernels.get(overlay.tiles_kernel), args, BY_ROWS)
+        return self._tiles[key]
 
     def _quantize(self, weight: LowBitWeight, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x as int8 in the weight's order of inputs; shared by weights that agree on it."""

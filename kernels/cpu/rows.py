@@ -34,6 +34,27 @@ def embedding_kernel(kind: int) -> Any:
     return embedding
 
 
+def tied_embedding_kernel(kind: int) -> Any:
+    """args: token ids (int64), tokens, values of the tied head [vocab / 16, K, 16], padded K, width, out, ldo."""
+    size = ELEMENT_BYTES[kind]
+
+    def tied_embedding(args, thread, num_threads):
+        ids = word(args, 0)
+        values = word(args, 2)
+        inputs = word(args, 3)
+        width = word(args, 4)
+        out = word(args, 5)
+        ldo = word(args, 6)
+        first, last = row_share(word(word(args, 1), 0), thread, num_threads)
+        for m in range(first, last):
+            token = word(ids, m)
+            column = values + (token // 16 * inputs * 16 + token % 16) * size
+            for i in range(width):
+                store_f32(out + (m * ldo + i) * 4, load_kind(kind, column + i * 16 * size))
+
+    return tied_embedding
+
+
 @njit(nogil=True, error_model="numpy", fastmath=REDUCE)
 def _norm_row(x, weight, out, width, eps):
     total = np.float32(0)

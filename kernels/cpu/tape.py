@@ -26,11 +26,15 @@ class Scratch:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """args: ints, meta tensors (buffers of the arena), or objects with memory (tensors, arrays)."""
+    """args: ints, meta tensors (buffers of the arena), or objects with memory (tensors, arrays).
+
+    follows: it needs, of the call before it, only what its own thread did: no barrier between the two.
+    """
 
     kernel: Any
     args: tuple[Any, ...]
     split: int
+    follows: bool = False
 
 
 class GroupInputs:
@@ -120,9 +124,11 @@ def _lives(calls: Sequence[Call], output: Tensor) -> tuple[dict[int, list[int]],
 
 
 def _barrier_after(calls: Sequence[Call], index: int) -> bool:
-    """Whether threads must meet after a call: not between two that split the rows alike."""
+    """Whether threads must meet after a call: not between two that split their work alike."""
     if index + 1 == len(calls):
         return True
+    if calls[index + 1].follows:
+        return False
     return not (calls[index].split == calls[index + 1].split == BY_ROWS)
 
 

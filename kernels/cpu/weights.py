@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..layout import PackedWeight
 from .l16 import GROUP, ROWS, pack_codes, pack_per_group, padded
+from .overlay import OverlayWeight, pack_overlay
 from .vectors import BFLOAT16, FLOAT16, FLOAT32
 
 KINDS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
@@ -30,6 +31,7 @@ class LowBitWeight:
     zeros: NDArray[np.float16] | None
     perm: NDArray[np.int32] | None
     bias: NDArray[np.float32] | None
+    overlay: OverlayWeight | None = None
 
     @property
     def groups(self) -> int:
@@ -45,7 +47,8 @@ class LowBitWeight:
     def nbytes(self) -> int:
         """Bytes held."""
         arrays = (self.codes, self.scales, self.zeros, self.perm, self.bias)
-        return sum(a.nbytes for a in arrays if a is not None)
+        overlay = 0 if self.overlay is None else self.overlay.nbytes
+        return sum(a.nbytes for a in arrays if a is not None) + overlay
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,6 +107,7 @@ def pack_low_bit(weight: PackedWeight) -> LowBitWeight:
         else _aligned(pack_per_group(_padded_rows(weight.zeros[:, per_32], rows))),
         None if identity else perm,
         _bias(weight, rows),
+        None if weight.outliers is None else pack_overlay(weight.outliers, weight.in_features),
     )
 
 

@@ -26,8 +26,11 @@ from ...helpers.checkpoints import CONFIG, LINEARS, dense_tensors, write_checkpo
 from ..formats import gptq_by_hand as by_hand
 
 
-def load(folder: Path, dtype: str = "float32", progress: Any = lambda *_: None) -> LoadedModel:
-    return load_model(ModelFiles(folder), EngineConfig(str(folder), "cpu", dtype), progress)  # type: ignore[arg-type]
+def load(
+    folder: Path, dtype: str = "float32", progress: Any = lambda *_: None, **options: Any
+) -> LoadedModel:
+    config = EngineConfig(str(folder), "cpu", dtype, **options)  # type: ignore[arg-type]
+    return load_model(ModelFiles(folder), config, progress)
 
 
 def logits(folder: Path, dtype: str = "float32") -> Tensor:
@@ -94,7 +97,8 @@ def test_a_gptq_checkpoint_is_the_dense_one_with_its_weights(
     }
     gptq = write_checkpoint(tmp_path / "gptq", stored, config | {"dynamic": dynamic})
     plain = write_checkpoint(tmp_path / "dense", dense)
-    assert torch.allclose(logits(gptq), logits(plain), rtol=1e-5, atol=1e-5)
+    # With an order of inputs of its own, a weight sums in that order: the last bits of fp32 differ.
+    assert torch.allclose(logits(gptq), logits(plain), rtol=1e-4, atol=1e-4)
     qkv = load(gptq).weights["model.layers.0.self_attn.qkv_proj"]
     assert isinstance(qkv, Linear)
     assert len(qkv.parts) == packed
@@ -127,7 +131,7 @@ def test_a_tensor_that_fp16_would_overflow_is_computed_in_fp32(tmp_path: Path) -
     tensors = dense_tensors()
     tensors["model.layers.1.mlp.down_proj.weight"] = tensors["model.layers.1.mlp.down_proj.weight"] * 1e6
     folder = write_checkpoint(tmp_path, tensors)
-    report = load(folder, "float16").report
+    report = load(folder, "float16", cpu_kernels="torch").report
     torch_ones = [layer.slot for layer in report.layers if layer.kernel == "torch"]
     assert torch_ones == ["model.layers.1.mlp.down_proj"]
     assert any("overflow" in line and "down_proj" in line for line in report.lines())
@@ -152,7 +156,7 @@ def test_a_tied_head_is_the_embedding_and_its_stored_copy_is_ignored(tmp_path: P
     tied = write_checkpoint(tmp_path / "c", tensors, tie_word_embeddings=True)
     assert torch.equal(logits(tied), logits(untied))
     assert torch.equal(logits(tied), logits(kept))
-    weights = load(tied).weights
+    weights = load(tied, cpu_kernels="torch").weights
     table, head = weights["model.embed_tokens"], weights["lm_head"]
     assert isinstance(head, Linear)
     assert isinstance(table, Tensor)

@@ -1,0 +1,125 @@
+"""How a step's tokens become hidden states and logits: what a runner needs of a model and its KV cache."""
+
+import math
+import mmap
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..kernels.dispatch import Target
+from ..kernels.paged import AttentionPlan, PagedSequence, PlanOptions, plan_attention
+from .model.decoder import Decoder
+from .records import KVSpec
+
+_GATHER_BYTES = 64 << 20  # one padded batch of gathered pages of one layer
+
+
+class StepModel(Protocol):
+    """A model with its KV cache. Implementations: ``EagerModel``, and ``tape_model.TapeModel`` on a CPU."""
+
+    vocab_size: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV cache, touched or not."""
+
+    def forward(self, token_ids: Sequence[int], groups: Sequence[Sequence[PagedSequence]]) -> Tensor:
+        """[T, H]: final hidden states of a step's tokens, valid until the next; their K and V are cached.
+
+        ``groups``: for each KV group, which rows belong to which sequence and its block table.
+        """
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, H] -> [R, vocab] fp32, valid until the next call."""
+
+    def erase(self, first: int, last: int) -> None:
+        """Zero the K and V that rows [first, last) of the latest ``forward`` wrote: they are not finite."""
+
+    def close(self) -> None:
+        """Let go of threads."""
+
+
+def kv_cache_dtype(target: Target, compiled: bool = False) -> str:
+    """The dtype the KV cache should have: what attention computes in.
+
+    On a CPU torch's attention would first convert fp16 pages, which costs more than the bytes it saves at the
+    batch sizes that fit a CPU; the compiled one converts in registers. Both are fp32 for ``--dtype float32``.
+    """
+    if compiled:
+        return "float32" if target.dtype == torch.float32 else "float16"
+    return str(target.activation_dtype).removeprefix("torch.")
+
+
+def allocate_kv_cache(spec: KVSpec, num_blocks: int, block_size: int, device: str = "cpu") -> Tensor:
+    """[layers, blocks, block_size, 2 (K, V), Hkv, D] of zeros. A CPU's memory is taken when first written."""
+    shape = (len(spec.layers), num_blocks, block_size, 2, spec.num_kv_heads, spec.head_dim)
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+class EagerModel:
+    """A decoder over torch's ops, on any device: the oracle of faster step models."""
+
+    def __init__(
+        self, decoder: Decoder, kv_specs: Sequence[KVSpec], num_blocks: int, block_size: int
+    ) -> None:
+        self.vocab_size = decoder.config.vocab_size
+        self._decoder = decoder
+        self._device = str(decoder.embed_tokens.device)
+        self._block_size = block_size
+        self._specs = tuple(kv_specs)
+        self._caches = [allocate_kv_cache(spec, num_blocks, block_size, self._device) for spec in kv_specs]
+        # Layer -> (its group's index, its own cache [blocks, block_size, 2, Hkv, D]).
+        self._layers = {
+            layer: (group, self._caches[group][place])
+            for group, spec in enumerate(kv_specs)
+            for place, layer in enumerate(spec.layers)
+        }
+        assert sorted(self._layers) == list(range(decoder.config.num_layers))
+        self._scale = 1 / math.sqrt(decoder.config.head_dim)
+        self._plans: list[AttentionPlan] = []
+
+    @property
+    def kv_bytes(self) -> int:
+        """See StepModel."""
+        return sum(cache.numel() * cache.element_size() for cache in self._caches)
+
+    def forward(self, token_ids: Sequence[int], groups: Sequence[Sequence[PagedSequence]]) -> Tensor:
+        """See StepModel."""
+        plans = self._plans = [self._plan_group(group, s) for group, s in enumerate(groups)]
+        ops = self._decoder.ops
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            group, cache = self._layers[layer]
+            ops.kv_write(k, v, cache, plans[group].slot_mapping)
+            out: Tensor = ops.paged_attention(q, cache, plans[group], self._scale)
+            return out
+
+        positions = [p for s in groups[0] for p in range(s.start, s.start + s.count)]
+        ids = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
+        return self._decoder(ids, torch.tensor(positions, dtype=torch.int64, device=self._device), attend)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See StepModel."""
+        return self._decoder.logits(hidden)
+
+    def erase(self, first: int, last: int) -> None:
+        """See StepModel. A masked slot takes part in attention times zero, and zero times NaN is NaN."""
+        for cache, plan in zip(self._caches, self._plans, strict=True):
+            cache.flatten(1, 2)[:, plan.slot_mapping[first:last]] = 0
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    def _plan_group(self, group: int, sequences: Sequence[PagedSequence]) -> AttentionPlan:
+        spec = self._specs[group]
+        token_bytes = 2 * spec.num_kv_heads * spec.head_dim * self._caches[group].element_size()
+        options = PlanOptions(
+            self._block_size, spec.window, self._device, self._decoder.dtype, _GATHER_BYTES // token_bytes
+        )
+        return plan_attention(sequences, options)

@@ -26,6 +26,65 @@ class QuantSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class SparseOverlay:
+    """Residuals that are added to a quantized weight, by row (CSR).
+
+    rowptr: [out_features + 1] int32, ascending from 0; cols: [entries] int32 or uint16, ascending within a row,
+    in the checkpoint's order of inputs; values: [entries] fp16.
+    """
+
+    rowptr: Tensor
+    cols: Tensor
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.rowptr.dtype == torch.int32
+        assert self.cols.dtype in (torch.int32, torch.uint16)
+        assert self.values.dtype == torch.float16
+        assert self.cols.shape == self.values.shape == (int(self.rowptr[-1]),)
+
+    @staticmethod
+    def of(residuals: Tensor) -> "SparseOverlay":
+        """The entries of a dense matrix that are not zero, as fp16."""
+        values = residuals.to(torch.float16)
+        rows, cols = values.nonzero(as_tuple=True)
+        counts = torch.bincount(rows, minlength=len(values))
+        rowptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+        narrow = torch.uint16 if residuals.shape[1] <= 1 << 16 else torch.int32
+        return SparseOverlay(rowptr, cols.to(narrow), values[rows, cols])
+
+    @staticmethod
+    def empty(out_features: int) -> "SparseOverlay":
+        """Of no entries."""
+        none = torch.zeros(0)
+        return SparseOverlay(torch.zeros(out_features + 1, dtype=torch.int32), none.int(), none.half())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.numel() * t.element_size() for t in (self.rowptr, self.cols, self.values))
+
+    def add_to(self, dense: Tensor) -> None:
+        """Add to [out_features, in_features], in place."""
+        counts = self.rowptr.diff().long()
+        rows = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        dense.index_put_((rows, self.cols.long()), self.values.to(dense.dtype), accumulate=True)
+
+    def rows(self, start: int, stop: int) -> "SparseOverlay":
+        """The outputs [start, stop)."""
+        cut = slice(int(self.rowptr[start]), int(self.rowptr[stop]))
+        rowptr = self.rowptr[start : stop + 1] - self.rowptr[start]
+        return SparseOverlay(rowptr, self.cols[cut], self.values[cut])
+
+    @staticmethod
+    def cat(a: "SparseOverlay", b: "SparseOverlay") -> "SparseOverlay":
+        """Along the outputs."""
+        rowptr = torch.cat([a.rowptr, b.rowptr[1:] + a.rowptr[-1]])
+        cols = (a.cols, b.cols) if a.cols.dtype == b.cols.dtype else (a.cols.int(), b.cols.int())
+        return SparseOverlay(rowptr, torch.cat(cols), torch.cat([a.values, b.values]))
+
+
+@dataclass(frozen=True, slots=True)
 class PackedWeight:
     """One linear layer's weights (or several fused along the outputs), before a kernel repacks them.
 
@@ -34,8 +93,9 @@ class PackedWeight:
     zeros:  [out_features, num_groups], uint8 (or float) zero points; None: 2**(num_bits - 1).
     g_idx:  [in_features] int32, group of each input in the checkpoint's order; None: ``arange // group_size``.
     bias:   [out_features], float.
+    outliers: residuals of single weights; quantized weights only.
 
-    Weight = scales[:, g] * (codes - zeros[:, g]) with g = g_idx[k].
+    Weight = scales[:, g] * (codes - zeros[:, g]) + outliers with g = g_idx[k].
     """
 
     values: Tensor
@@ -44,11 +104,13 @@ class PackedWeight:
     zeros: Tensor | None = None
     g_idx: Tensor | None = None
     bias: Tensor | None = None
+    outliers: SparseOverlay | None = None
 
     def __post_init__(self) -> None:
         rows, cols = self.values.shape
         if self.spec is None:
             assert self.scales is None and self.zeros is None and self.g_idx is None
+            assert self.outliers is None
         else:
             groups = self.spec.num_groups(cols)
             assert self.values.dtype == torch.uint8
@@ -56,6 +118,7 @@ class PackedWeight:
             assert self.zeros is None or tuple(self.zeros.shape) == (rows, groups)
             assert self.g_idx is None or tuple(self.g_idx.shape) == (cols,)
         assert self.bias is None or tuple(self.bias.shape) == (rows,)
+        assert self.outliers is None or tuple(self.outliers.rowptr.shape) == (rows + 1,)
 
     @property
     def out_features(self) -> int:
@@ -76,7 +139,7 @@ class PackedWeight:
             total = -(-self.values.numel() * self.spec.num_bits // 8)
         for tensor in (self.scales, self.zeros, self.g_idx, self.bias):
             total += 0 if tensor is None else tensor.numel() * tensor.element_size()
-        return total
+        return total + (0 if self.outliers is None else self.outliers.nbytes)
 
     def group_of_inputs(self) -> Tensor:
         """[in_features] int64: the group of each input."""
@@ -96,7 +159,10 @@ class PackedWeight:
             centred = self.values.float() - float(2 ** (self.spec.num_bits - 1))
         else:
             centred = self.values.float() - self.zeros.float()[:, group]
-        return (self.scales.float()[:, group] * centred).to(dtype)
+        weights = self.scales.float()[:, group] * centred
+        if self.outliers is not None:
+            self.outliers.add_to(weights)
+        return weights.to(dtype)
 
     def rows(self, start: int, stop: int) -> "PackedWeight":
         """The outputs [start, stop): a tensor-parallel slice, or one part of a fused weight."""
@@ -107,13 +173,16 @@ class PackedWeight:
             scales=None if self.scales is None else self.scales[cut],
             zeros=None if self.zeros is None else self.zeros[cut],
             bias=None if self.bias is None else self.bias[cut],
+            outliers=None if self.outliers is None else self.outliers.rows(start, stop),
         )
 
     def fuses_with(self, other: "PackedWeight") -> bool:
         """Whether both can be one matrix: same inputs, bits, groups and order of inputs."""
         if self.spec is None or other.spec is None:
-            return self.spec is other.spec and self.in_features == other.in_features and (
-                self.values.dtype == other.values.dtype
+            return (
+                self.spec is other.spec
+                and self.in_features == other.in_features
+                and (self.values.dtype == other.values.dtype)
             )
         if (self.spec.num_bits, self.spec.group_size) != (other.spec.num_bits, other.spec.group_size):
             return False
@@ -145,7 +214,13 @@ def _cat_pair(a: PackedWeight, b: PackedWeight) -> PackedWeight:
     if a.bias is not None or b.bias is not None:
         bias = torch.cat([_explicit_bias(a), _explicit_bias(b)])
     scales = None if a.scales is None or b.scales is None else torch.cat([a.scales, b.scales])
-    return PackedWeight(torch.cat([a.values, b.values]), spec, scales, zeros, a.g_idx, bias)
+    outliers: SparseOverlay | None = None
+    if a.outliers is not None or b.outliers is not None:
+        outliers = SparseOverlay.cat(
+            a.outliers or SparseOverlay.empty(a.out_features),
+            b.outliers or SparseOverlay.empty(b.out_features),
+        )
+    return PackedWeight(torch.cat([a.values, b.values]), spec, scales, zeros, a.g_idx, bias, outliers)
 
 
 def _explicit_zeros(weight: PackedWeight) -> Tensor:

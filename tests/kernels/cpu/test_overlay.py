@@ -1,0 +1,150 @@
+"""Sparse residuals over compiled linears against float64, and their bits against any batch and any threads."""
+
+import pytest
+import torch
+from nybble.engine.hardware import cpu_features
+from nybble.kernels.cpu.compiled import CompiledLinear, compile_low_bit, kernels_for
+from nybble.kernels.cpu.numba_linear import instruction_set
+from nybble.kernels.cpu.overlay import pack_overlay
+from nybble.kernels.cpu.pool import Pool
+from nybble.kernels.cpu.recorder import Recorder
+from nybble.kernels.cpu.tape import Inputs
+from nybble.kernels.dispatch import Target
+from nybble.kernels.layout import PackedWeight, QuantSpec, SparseOverlay
+from torch import Tensor
+
+FEATURES = cpu_features()
+ISAS = [
+    isa for isa in ("avx2", "vnni") if instruction_set(Target(cpu_features=FEATURES, cpu_kernels=isa)) == isa
+]
+pytestmark = pytest.mark.skipif(not ISAS, reason="the CPU has neither AVX2 nor AVX-512 VNNI")
+BATCHES = (1, 2, 3, 8, 10, 24, 29, 131)
+
+
+def residuals(rows: int, cols: int, density: float) -> Tensor:
+    """Mostly zeros; row 0 has no entry, the last one is full where there are more than two rows."""
+    generator = torch.Generator().manual_seed(rows * cols)
+    dense = torch.randn(rows, cols, generator=generator) * 0.3
+    dense *= torch.rand(rows, cols, generator=generator) < density
+    dense[0] = 0
+    if rows > 2:
+        dense[-1] = torch.randn(cols, generator=generator) * 0.3 + 1
+    return dense.half().float()
+
+
+def quantized(rows: int, cols: int, bits: int = 4, order: bool = False) -> PackedWeight:
+    generator = torch.Generator().manual_seed(bits)
+    spec = QuantSpec(bits, 32, True, "group" if order else "none")
+    codes = torch.randint(0, 2**bits, (rows, cols), generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(rows, spec.num_groups(cols), generator=generator) * 0.02 + 1e-3).half()
+    g_idx = (torch.arange(cols) // 32)[torch.randperm(cols, generator=generator)].int() if order else None
+    return PackedWeight(codes, spec, scales, None, g_idx)
+
+
+def with_outliers(plain: PackedWeight, dense: Tensor) -> PackedWeight:
+    return PackedWeight(
+        plain.values, plain.spec, plain.scales, plain.zeros, plain.g_idx, plain.bias, SparseOverlay.of(dense)
+    )
+
+
+def activations(tokens: int, cols: int) -> Tensor:
+    return torch.randn(tokens, cols, generator=torch.Generator().manual_seed(tokens))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("int8", [True, False], ids=["int8", "exact"])
+@pytest.mark.parametrize(
+    ("bits", "order", "rows", "cols", "density"),
+    [
+        (4, False, 40, 352, 0.02),
+        (4, True, 33, 100, 0.3),
+        (2, False, 17, 7, 0.5),
+        (3, True, 64, 70_000, 0.0005),
+        (8, True, 1, 33, 0.5),
+        (8, False, 48, 256, 0.0),
+    ],
+)
+def test_equals_float64(
+    isa: str, int8: bool, bits: int, order: bool, rows: int, cols: int, density: float
+) -> None:
+    """What the overlay adds to the plain linear, which has its own test, is the residuals' product."""
+    plain, dense = quantized(rows, cols, bits, order), residuals(rows, cols, density)
+    without = compile_low_bit(plain, isa, int8)
+    linear = compile_low_bit(with_outliers(plain, dense), isa, int8)
+    for tokens in BATCHES if cols < 1000 else (1, 11):
+        x = activations(tokens, cols)
+        reference = without(x).double() + x.double() @ dense.double().T
+        bound = 1e-6 * (x.double().abs() @ dense.double().abs().T + reference.abs() + 1e-3)
+        assert ((linear(x) - reference).abs() <= bound).all()
+        assert torch.equal(linear(x)[:, 0], without(x)[:, 0])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("int8", [True, False], ids=["int8", "exact"])
+def test_a_row_is_the_same_bits_in_any_batch(isa: str, int8: bool) -> None:
+    linear = compile_low_bit(with_outliers(quantized(50, 356), residuals(50, 356, 0.03)), isa, int8)
+    x = activations(131, 356)
+    whole = linear(x)
+    for start, stop in ((0, 1), (3, 5), (5, 8), (9, 20), (24, 58), (100, 131)):
+        assert torch.equal(linear(x[start:stop]), whole[start:stop])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tokens", [1, 5, 100])
+def test_threads_and_poisoned_memory_do_not_change_a_bit(isa: str, tokens: int) -> None:
+    parts = [
+        compile_low_bit(with_outliers(quantized(21, 68), residuals(21, 68, 0.1)), isa, True),
+        compile_low_bit(quantized(5, 68, 2), isa, True),
+        compile_low_bit(with_outliers(quantized(40, 68, 3), residuals(40, 68, 0.1)), isa, True),
+    ]
+    x = activations(tokens, 68)
+    alone = torch.cat([part(x) for part in parts], 1)
+    for num_threads in (1, 2, 4):
+        assert torch.equal(run_parts(parts, x, num_threads), alone)
+
+
+def run_parts(parts: list[CompiledLinear], x: Tensor, num_threads: int) -> Tensor:
+    """Over a tape whose buffers hold NaN, and rows of x behind the last that hold NaN."""
+    room = x.shape[0] + 9
+    inputs = Inputs(room)
+    inputs.tokens[0] = x.shape[0]
+    rows = torch.full((room, x.shape[1]), float("nan"))
+    rows[: x.shape[0]] = x
+    recorder = Recorder(kernels_for(parts[0].isa), inputs, num_threads)
+    tape = recorder.finish(recorder.linear([part.weight for part in parts], rows, int8=True))
+    arena = torch.from_numpy(tape.kept[0])
+    pool = Pool(num_threads)
+    try:
+        for _ in range(5):
+            arena.fill_(255)  # NaN in every type
+            tape.run(pool)
+    finally:
+        pool.close()
+    assert tape.output[x.shape[0] :].isnan().all()  # nothing is written behind the last token
+    return tape.output[: x.shape[0]].clone()
+
+
+def test_heavy_rows_do_not_pad_the_others() -> None:
+    dense = torch.zeros(64, 2048)
+    dense[:, ::200] = 1.0
+    dense[3], dense[40] = 1.0, 1.0
+    packed = pack_overlay(SparseOverlay.of(dense), 2048)
+    assert packed is not None
+    assert len(packed.values) <= 16 * 4 * (2 * 11 + 8)
+    assert len(packed.tail_values) >= 2 * 2000
+
+
+def test_fused_and_cut_weights_keep_their_residuals() -> None:
+    first = with_outliers(quantized(24, 64), residuals(24, 64, 0.1))
+    second, third = quantized(8, 64), with_outliers(quantized(40, 64), residuals(40, 64, 0.2))
+    (fused,) = PackedWeight.cat([first, second, third])
+    parts = [first, second, third]
+    assert torch.equal(fused.dequantize(), torch.cat([part.dequantize() for part in parts]))
+    assert torch.equal(fused.rows(5, 50).dequantize(), fused.dequantize()[5:50])
+    assert fused.rows(24, 32).dequantize().equal(second.dequantize())
+    entries = int((residuals(24, 64, 0.1) != 0).sum())
+    assert first.storage_bytes - quantized(24, 64).storage_bytes == 4 * 25 + entries * (2 + 2)
+
+
+def test_no_entries_cost_nothing() -> None:
+    assert pack_overlay(SparseOverlay.empty(40), 64) is None

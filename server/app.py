@@ -23,7 +23,7 @@ from .metrics import Metrics
 from .openapi import request_schema
 from .schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizePromptBody, chat_body, completion_body
 from .sse import GenerationResponse, Writer
-from .tokenize import detokenize, tokenize
+from .tokenize import detokenize, tokenize, tokenizer_info
 from .wire import error_response, json_response, read_json
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -102,6 +102,11 @@ def _add_text(app: FastAPI, gateway: Gateway) -> None:
         fields = await read_json(request, gateway.settings.max_body_size)
         return json_response(detokenize(fields, gateway.models))
 
+    async def tokenizer_info_route(request: Request) -> Response:
+        """The tokenizer's special tokens."""
+        return json_response(tokenizer_info(gateway.models))
+
+    _get(app, "/tokenizer_info", tokenizer_info_route)
     _post(app, "/tokenize", tokenize_route, TokenizePromptBody)
     _post(app, "/detokenize", detokenize_route, DetokenizeBody)
 

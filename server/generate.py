@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..engine.client import EngineStream
 from ..engine.detokenizer import Detokenizer
-from ..engine.errors import EngineError
+from ..engine.errors import EngineError, NybbleError, RequestError
 from ..engine.records import SamplingParams, SequenceOutput, TokenLogprobs
 from .limits import Permit
 from .metrics import RequestRecord
@@ -99,10 +99,10 @@ class Choice:
         )
 
     def take(self, output: SequenceOutput) -> Piece:
-        """Turn an output into a piece; ends the stream where a stop string does. Errors: EngineError."""
+        """Turn an output into a piece; ends the stream where a stop string does. Errors: see Generation."""
         reason = output.finish_reason
         if reason not in (None, "stop", "length"):
-            raise EngineError(output.error or "the engine ended the request; try again")
+            raise _failure(output)
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         piece = Piece(self.index, "", [], prompt_logprobs=output.prompt_logprobs, first=self._fresh)
         self._fresh = False
@@ -143,7 +143,8 @@ class Usage:
 class Generation:
     """The running sequences of one job. Iterate over it once: lists of pieces, each list one message to send.
 
-    Errors while iterating: EngineError. Leaving the iteration, or ``abort``, stops what still runs.
+    Errors while iterating: EngineError; RequestError if the engine refused it; NybbleError if it alone
+    failed. Leaving the iteration, or ``abort``, stops what still runs.
     """
 
     def __init__(self, job: Job, permit: Permit, record: RequestRecord) -> None:
@@ -241,6 +242,13 @@ class Generation:
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
+
+
+def _failure(output: SequenceOutput) -> NybbleError:
+    if output.error is None:
+        return EngineError("the engine ended the request; try again")
+    # Not an EngineError where this request alone cannot go on (logits that are not finite): no use to retry.
+    return RequestError(output.error) if output.refused else NybbleError(output.error)
 
 
 async def _pump(

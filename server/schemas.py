@@ -2,7 +2,15 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
 
 from ..engine.errors import RequestError
 from .unsupported import ABSENT_CHAT, ABSENT_COMPLETION, ABSENT_MESSAGE, drop_passing
@@ -16,6 +24,18 @@ MAX_STOPS = 4
 MAX_STOP_CHARS = 1024
 MAX_STOP_IDS = 1024
 _INT32 = 2**31 - 1
+
+_ID_LIST = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_TEXT_LIST = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS}
+_ID_LISTS = {"type": "array", "items": _ID_LIST, "minItems": 1, "maxItems": MAX_PROMPTS}
+_PROMPT_SCHEMA = {"anyOf": [{"type": "string"}, _TEXT_LIST, _ID_LIST, _ID_LISTS]}
+_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+_STOP_SCHEMA = {"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOPS}]}
+_BIAS_SCHEMA = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+}
 
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 
@@ -128,12 +148,16 @@ class GenerationBody(Body):
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     repetition_penalty: float | None = Field(None, ge=0.01, le=100, allow_inf_nan=False)
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_biases)] = Field(default_factory=dict)
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_biases), WithJsonSchema(_BIAS_SCHEMA)] = Field(
+        default_factory=dict
+    )
     min_tokens: int = Field(0, ge=0, le=_INT32)
     max_tokens: int | None = Field(None, ge=0, le=_INT32)
     n: int = Field(1, ge=1, le=128)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[str], BeforeValidator(_stops)] = Field(default_factory=list)
+    stop: Annotated[list[str], BeforeValidator(_stops), WithJsonSchema(_STOP_SCHEMA)] = Field(
+        default_factory=list
+    )
     stop_token_ids: Annotated[list[int], BeforeValidator(_ids)] = Field(default_factory=list)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
@@ -148,7 +172,7 @@ class GenerationBody(Body):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts), Field(strict=False)]
+    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
     add_special_tokens: bool = True

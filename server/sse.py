@@ -8,7 +8,7 @@ from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ..engine.errors import EngineError, NybbleError
+from ..engine.errors import NybbleError, RequestError
 from .errors import error_body, internal_error
 from .generate import Generation, Piece, Usage
 from .metrics import Outcome, RequestRecord
@@ -60,6 +60,9 @@ class GenerationResponse(Response):
                         outcome = await self._send_stream(batches, send)
                     else:
                         outcome = await self._send_whole(batches, scope, receive, send)
+        except RequestError:
+            outcome = "rejected"
+            raise
         finally:
             self._generation.close()
             self._record.end(outcome)
@@ -76,7 +79,6 @@ class GenerationResponse(Response):
 
     async def _send_stream(self, batches: AsyncIterator[list[Piece]], send: Send) -> Outcome:
         started = False
-        error: NybbleError
         try:
             async for batch in batches:
                 data = self._writer.events(batch, self._generation.usage)
@@ -89,18 +91,16 @@ class GenerationResponse(Response):
                 return "aborted"
             last = self._writer.last_event(self._generation.usage())
             await send({"type": "http.response.body", "body": last + DONE, "more_body": False})
-        except EngineError as failure:
+        except NybbleError as error:
             if not started:
                 raise
-            error = failure
+            await send(_final(error))
+            return "failed"
         except Exception:
             if started:
-                await send(_final(event(error_body(internal_error()))))
+                await send(_final(internal_error()))
             raise
-        else:
-            return "finished"
-        await send(_final(event(error_body(error))))
-        return "failed"
+        return "finished"
 
     def _start(self) -> dict[str, Any]:
         headers = [
@@ -112,5 +112,6 @@ class GenerationResponse(Response):
         return {"type": "http.response.start", "status": 200, "headers": headers}
 
 
-def _final(error_event: bytes) -> dict[str, Any]:
-    return {"type": "http.response.body", "body": error_event + DONE, "more_body": False}
+def _final(error: NybbleError) -> dict[str, Any]:
+    """The end of a stream that failed."""
+    return {"type": "http.response.body", "body": event(error_body(error)) + DONE, "more_body": False}

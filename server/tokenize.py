@@ -23,6 +23,11 @@ async def tokenize(fields: dict[str, Any], models: ModelTable) -> dict[str, Any]
     }
 
 
+def tokenizer_info(models: ModelTable) -> dict[str, str]:
+    """What remote tokenizers (lm-eval's) ask for: the special tokens by name."""
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **models.get(None).tokenizer.special_tokens}
+
+
 def detokenize(fields: dict[str, Any], models: ModelTable) -> dict[str, Any]:
     """The text of token ids. Errors: RequestError, NotFoundError, pydantic.ValidationError."""
     body = detokenize_body(fields)

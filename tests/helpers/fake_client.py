@@ -88,6 +88,7 @@ class FakeClient:
         self.budget: int | None = None
         self.step_seconds = 0.0
         self.stalled_seconds = 0.0
+        self.error: SequenceOutput | None = None  # what ends each request instead of its script
         self.streams: dict[int, FakeStream] = {}
         self.aborted: list[int] = []
         self.submitted: list[tuple[list[int], SamplingParams, str]] = []
@@ -101,6 +102,9 @@ class FakeClient:
             raise EngineError("the engine is restarting; try again soon")
         self.submitted.append((prompt_token_ids, params, cache_salt))
         outputs = _outputs(next(self._ids), prompt_token_ids, params, self.script(prompt_token_ids, params))
+        if self.error is not None:
+            outputs[-1].finish_reason = "error"
+            outputs[-1].error, outputs[-1].refused = self.error.error, self.error.refused
         stream = FakeStream(self, outputs[0].request_id, outputs)
         self.streams[stream.request_id] = stream
         return stream

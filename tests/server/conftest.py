@@ -27,7 +27,7 @@ def server(_shared: GatewayServer) -> Iterator[GatewayServer]:
 
     def reset() -> None:
         fake: FakeClient = _shared.client
-        fake.script, fake.budget, fake.dead = continue_prompt, None, None
+        fake.script, fake.budget, fake.dead, fake.error = continue_prompt, None, None, None
         fake.step_seconds = fake.stalled_seconds = 0.0
         fake.submitted.clear()
         fake.aborted.clear()

@@ -7,6 +7,7 @@ import openai
 import pytest
 from gateway_server import GatewayServer
 from nybble.engine.errors import EngineDeadError
+from nybble.engine.records import SequenceOutput
 from nybble.server.gateway import Phase
 
 PATHS = {
@@ -55,6 +56,20 @@ def test_death_before_the_first_token_is_503(server: GatewayServer, path: str, s
     assert answer.status_code == 503
     assert int(answer.headers["retry-after"]) >= 1
     assert answer.json()["error"]["code"] == "engine_unavailable"
+
+
+@pytest.mark.parametrize(("refused", "status"), [(True, 400), (False, 500)])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_that_alone_fails(server: GatewayServer, refused: bool, status: int, stream: bool) -> None:
+    server.client.error = SequenceOutput(0, [], error="the logits are not finite", refused=refused)
+    answer = server.post("/v1/completions", {"prompt": "a", "max_tokens": 1, "stream": stream})
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"] == "the logits are not finite"
+    with server.http.stream(
+        "POST", "/v1/completions", json={"prompt": "a", "max_tokens": 5, "stream": True}
+    ) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    assert json.loads(lines[-2].removeprefix("data: "))["error"]["message"] == "the logits are not finite"
 
 
 def test_while_the_engine_restarts(server: GatewayServer, openai_client: openai.OpenAI) -> None:

@@ -71,6 +71,11 @@ def test_models(openai_client: openai.OpenAI, server: GatewayServer) -> None:
     assert server.get("/v1/models/a/b%2Fc").json()["error"]["code"] == "model_not_found"
 
 
+def test_tokenizer_info(server: GatewayServer) -> None:
+    info = server.get("/tokenizer_info").json()
+    assert (info["bos_token"], info["eos_token"]) == ("<s>", "</s>")
+
+
 def test_version(server: GatewayServer) -> None:
     assert server.get("/version").json() == {"version": nybble.__version__}
 

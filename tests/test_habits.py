@@ -253,6 +253,8 @@ NO_TWIN = (
     "tests/integration/*.py",
     "tests/engine/test_random_workload.py",
     "tests/engine/test_parity.py",
+    "tests/engine/quantize/test_gptqmodel.py",
+    "tests/engine/quantize/test_quality.py",
     "tests/kernels/test_linear.py",
     "tests/server/test_bad_input.py",
 )

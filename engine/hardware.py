@@ -8,6 +8,7 @@ admin-guide/cgroup-v2.rst and cgroup-v1/.
 import os
 import resource
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -168,3 +169,23 @@ def _machine_available(root: Path) -> int:
         if key == "MemAvailable":
             return int(value.split()[0]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cache_folder() -> Path:
+    """Where this user's caches are: ``$XDG_CACHE_HOME/nybble`` or ``~/.cache/nybble``, made if it can be.
+
+    Where neither can be written to (a container's read-only root), a folder of the user's own in the
+    temporary directory.
+    """
+    stated = os.environ.get("XDG_CACHE_HOME")
+    wanted = Path(stated) if stated else Path.home() / ".cache"
+    folder = wanted / "nybble"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    folder = Path(tempfile.gettempdir()) / f"nybble-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder

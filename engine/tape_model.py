@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.cpu.abi import use_cache
 from ..kernels.cpu.compiled import CompiledLinear, kernels_for
 from ..kernels.cpu.paged_attention import SPAN_ROWS
 from ..kernels.cpu.pool import Pool
@@ -17,6 +18,7 @@ from ..kernels.cpu.tape import GroupInputs, Inputs, Tape
 from ..kernels.cpu.weights import DenseWeight
 from ..kernels.paged import PagedSequence
 from .config import EngineConfig
+from .hardware import cache_folder
 from .model.config import ModelConfig
 from .model.decoder import Decoder
 from .model.layers import Linear, RotaryEmbedding
@@ -30,7 +32,8 @@ _ROTARY_CHUNK = 4096  # positions whose angles are computed when the first of th
 def build_tape_model(
     loaded: LoadedModel, specs: Sequence[KVSpec], num_blocks: int, config: EngineConfig, num_threads: int
 ) -> "TapeModel":
-    """Record the decoder of a loaded model."""
+    """Record the decoder of a loaded model. Machine code is kept in the user's cache folder."""
+    use_cache(cache_folder())
     shape = (num_blocks, config.block_size)
     return TapeModel(loaded.config, loaded.weights, specs, shape, num_threads, config.max_num_batched_tokens)
 

@@ -5,11 +5,15 @@ words (addresses, sizes, or fp64 bit patterns) read through ``word``. All thread
 arguments, each does its share, and none may depend on another's result within one call.
 """
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numba
 from llvmlite import ir
-from numba import cfunc, types
+from numba import cfunc, njit, types
+from numba.core import config
 from numba.extending import intrinsic
 
 from .ir import I64, Emitter
@@ -17,20 +21,31 @@ from .ir import I64, Emitter
 KERNEL = types.void(types.intp, types.intp, types.intp)
 
 
+def use_cache(root: Path) -> Path:
+    """Keep machine code below ``root`` from now on, and return the folder.
+
+    It is named by numba's version and a hash of the kernels' sources: numba's own index does not notice that
+    an intrinsic has changed, and would go on with the old code. numba adds the CPU's name and features.
+    """
+    digest = hashlib.blake2b(numba.__version__.encode(), digest_size=8)
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    folder = root / f"kernels-{digest.hexdigest()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    config.CACHE_DIR = str(folder)
+    return folder
+
+
 def compile_kernel(function: Callable[..., None]) -> Any:
-    """The machine code of a kernel; ``.address`` is its entry. Cached on disk by numba."""
-    return cfunc(KERNEL, cache=True, nopython=True, nogil=True, error_model="numpy")(function)
+    """The machine code of a kernel; ``.address`` is its entry. From the cache where one is in use."""
+    options = {"nopython": True, "nogil": True, "error_model": "numpy", "cache": bool(config.CACHE_DIR)}
+    return cfunc(KERNEL, **options)(function)
 
 
-def _loader(element: ir.Type, result: Any) -> Any:
-    @intrinsic
-    def load(typingctx: Any, address: Any) -> Any:
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-            return Emitter(builder).load(element, arguments[0], 4 if element is not I64 else 8)
-
-        return result(types.intp), codegen
-
-    return load
+def compile_function(function: Callable[..., None]) -> Any:
+    """A function of int64 arguments that Python calls without the interpreter lock."""
+    signature = types.void(*[types.intp] * function.__code__.co_argcount)
+    return njit(signature, nogil=True, cache=bool(config.CACHE_DIR))(function)
 
 
 @intrinsic

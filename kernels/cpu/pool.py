@@ -9,12 +9,13 @@ thread, and try all again after a while; so a foreign busy process costs its sha
 """
 
 import threading
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import njit
 
-from .abi import call_kernel, word
+from .abi import call_kernel, compile_function, word
 from .atomics import atomic_add, atomic_load, atomic_store, wait_while_equal, wake
 
 RECORD_WORDS = 4  # kernel, args, barrier after (0 or 1), unused: 32 bytes
@@ -58,8 +59,7 @@ def _replay(control, thread, num_threads, tape, length):
             _barrier(control, num_threads)
 
 
-@njit(types.void(types.intp, types.intp), nogil=True, cache=True)
-def worker_loop(control, thread):
+def _worker_loop(control, thread):
     """Serve runs until told to stop."""
     generation = 0
     while True:
@@ -72,8 +72,7 @@ def worker_loop(control, thread):
         _replay(control, thread, num_threads, atomic_load(control + _TAPE), atomic_load(control + _LENGTH))
 
 
-@njit(types.void(types.intp, types.intp, types.intp, types.intp), nogil=True, cache=True)
-def run_tape(control, tape, length, num_threads):
+def _run_tape(control, tape, length, num_threads):
     """Replay on the caller and num_threads - 1 workers."""
     if num_threads > 1:
         atomic_store(control + _THREADS, num_threads)
@@ -84,11 +83,16 @@ def run_tape(control, tape, length, num_threads):
     _replay(control, 0, num_threads, tape, length)
 
 
-@njit(types.void(types.intp), nogil=True, cache=True)
 def _stop_workers(control):
     atomic_store(control + _STOP, 1)
     atomic_add(control + _GO, 1)
     wake(control + _GO, control + _GO_SLEEPERS)
+
+
+@lru_cache(maxsize=1)
+def _functions() -> tuple[Any, Any, Any]:
+    """The worker's loop, a run, and the end of all workers, compiled when the first pool is made."""
+    return compile_function(_worker_loop), compile_function(_run_tape), compile_function(_stop_workers)
 
 
 class Pool:
@@ -100,6 +104,7 @@ class Pool:
         self._control = (self._memory.ctypes.data + _LINE - 1) // _LINE * _LINE
         self._view = self._memory[(self._control - self._memory.ctypes.data) // 8 :]
         self._view[_SPIN // 8] = spin
+        worker_loop, self._run_tape, self._stop_workers = _functions()
         self._single_runs = 0
         self._penalty = 8
         self._workers = [
@@ -116,7 +121,7 @@ class Pool:
             self._single_runs -= 1
             threads = 1
         before = int(self._view[_SLEEPS // 8])
-        run_tape(self._control, tape.ctypes.data, length, threads)
+        self._run_tape(self._control, tape.ctypes.data, length, threads)
         if threads > 1:
             slept = int(self._view[_SLEEPS // 8]) - before
             if slept * 4 > length:
@@ -128,7 +133,7 @@ class Pool:
     def close(self) -> None:
         """End the workers."""
         if self._workers:
-            _stop_workers(self._control)
+            self._stop_workers(self._control)
             for worker in self._workers:
                 worker.join()
             self._workers = []

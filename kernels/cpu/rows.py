@@ -35,7 +35,7 @@ def embedding_kernel(kind: int) -> Any:
 
 
 def tied_embedding_kernel(kind: int) -> Any:
-    """args: token ids (int64), tokens, values of the tied head [vocab / 16, K, 16], padded K, width, out, ldo."""
+    """args: token ids (int64), tokens, the head's values [vocab / 16, K, 16], padded K, width, out, ldo."""
     size = ELEMENT_BYTES[kind]
 
     def tied_embedding(args, thread, num_threads):

@@ -23,7 +23,6 @@ from .check import check_model
 from .config import EngineConfig
 from .errors import ConfigError, NybbleError
 from .evaluate import EvaluateOptions, evaluate
-from .hardware import default_threads
 from .model_files import resolve_model
 from .quantize.job import quantize
 from .quantize.options import QuantizeOptions
@@ -102,7 +101,9 @@ def _record(kind: Callable[..., T], options: Options) -> T:
 
 
 def _set_threads(num_threads: int | None) -> None:
-    torch.set_num_threads(num_threads or default_threads())
+    """None: what OMP_NUM_THREADS says, which the parent sets."""
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -1,0 +1,164 @@
+"""Scores against transformers and float64 numpy."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nybble.engine.errors import ConfigError
+from nybble.engine.evaluate import SHIPPED_TEXT, EvaluateOptions, cut_windows, evaluate
+from nybble.engine.tokenizer import Tokenizer
+from tiny_models import tiny_transformer
+from tiny_tokenizer import write_tokenizer
+
+TEXT = "the cat and the dog<|endoftext|> in the rain, ünder the sea\n<|endoftext|>went <|endoftext|>"
+DOCUMENTS = ["the cat and the dog", "in the rain, ünder the sea", "went"]
+
+
+def save(folder: Path, bos: bool = True, **fields: Any) -> Any:
+    model = tiny_transformer("llama", vocab_size=300, eos_token_id=0, **fields).requires_grad_(False)
+    model.save_pretrained(folder)
+    write_tokenizer(folder, bos=bos)
+    return model
+
+
+def run(folder: Path, text: Path, **options: Any) -> dict[str, Any]:
+    return evaluate(EvaluateOptions(str(folder), text=str(text), **options), lambda *_: None, lambda _: None)
+
+
+def logprobs(model: Any, ids: list[int]) -> np.ndarray:
+    """[T, vocab] float64."""
+    logits = model(torch.tensor([ids])).logits[0].double().numpy()
+    shifted = logits - logits.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_equals_transformers_per_document(bos: bool, tmp_path: Path, text: Path) -> None:
+    """Without a beginning-of-sequence token the end-of-sequence token stands in front."""
+    model = save(tmp_path / "model", bos)
+    tokenizer = Tokenizer.from_folder(tmp_path / "model")
+    total, count = 0.0, 0
+    for document in DOCUMENTS:
+        ids = [1 if bos else 0, *tokenizer.encode(document, add_special_tokens=False)]
+        found = logprobs(model, ids)
+        total -= sum(found[place, ids[place + 1]] for place in range(len(ids) - 1))
+        count += len(ids) - 1
+    num_bytes = sum(len(document.encode()) for document in DOCUMENTS)
+    found = run(tmp_path / "model", text)
+    assert found["num_tokens"] == count
+    assert found["num_bytes"] == num_bytes
+    assert found["nll_per_token"] == pytest.approx(total / count, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / num_bytes, rel=1e-5)
+    assert "kl_per_token" not in found
+
+
+def test_distance_to_another_model(tmp_path: Path, text: Path) -> None:
+    original = save(tmp_path / "original")
+    changed = save(tmp_path / "changed")
+    changed.model.layers[1].mlp.down_proj.weight.mul_(0.8)
+    changed.save_pretrained(tmp_path / "changed")
+    tokenizer = Tokenizer.from_folder(tmp_path / "original")
+    kl, agreed, count = 0.0, 0, 0
+    for document in DOCUMENTS:
+        ids = tokenizer.encode(document)
+        p, q = logprobs(original, ids)[:-1], logprobs(changed, ids)[:-1]
+        kl += float((np.exp(p) * (p - q)).sum())
+        agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+        count += len(ids) - 1
+    found = run(tmp_path / "changed", text, against=str(tmp_path / "original"))
+    assert 0 < agreed < count
+    assert found["kl_per_token"] == pytest.approx(kl / count, rel=1e-3)
+    assert found["top1_agreement"] == agreed / count
+    same = run(tmp_path / "original", text, against=str(tmp_path / "original"))
+    assert same["kl_per_token"] == pytest.approx(0, abs=1e-9)
+    assert same["top1_agreement"] == 1
+
+
+@pytest.mark.parametrize(("length", "max_len"), [(5, 8), (8, 8), (9, 8), (12, 8), (13, 8), (100, 8), (64, 7)])
+def test_each_token_is_scored_once(length: int, max_len: int) -> None:
+    ids = list(range(length))
+    windows = cut_windows(ids, max_len)
+    scored = [token for window in windows for token in window.token_ids[window.first :]]
+    assert scored == ids[1:]
+    for window in windows:
+        start = window.token_ids[0]
+        assert list(window.token_ids) == ids[start : start + len(window.token_ids)]
+        assert len(window.token_ids) <= max_len
+        assert window is windows[0] or window.first >= max_len // 2
+
+
+def test_long_documents_are_read_in_overlapping_windows(tmp_path: Path, text: Path) -> None:
+    model = save(tmp_path / "model")
+    text.write_text("the cat and the dog went to the sea in the rain")
+    ids = Tokenizer.from_folder(tmp_path / "model").encode(text.read_text())
+    assert len(ids) > 10
+    total = 0.0
+    for place in range(1, len(ids)):
+        reached = 8 if place < 8 else min(len(ids), 8 + 4 * ((place - 8) // 4 + 1))
+        start = max(0, reached - 8)
+        total -= logprobs(model, ids[start:place])[-1, ids[place]]
+    found = run(tmp_path / "model", text, max_len=8)
+    assert found["nll_per_token"] == pytest.approx(total / (len(ids) - 1), rel=1e-5)
+
+
+def test_batches_and_slices_of_logits_change_nothing(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "model")
+    whole = run(tmp_path / "model", text)
+    monkeypatch.setattr("nybble.engine.evaluate.BATCH_TOKENS", 12)
+    monkeypatch.setattr("nybble.engine.evaluate.LOGIT_ROWS", 3)
+    assert run(tmp_path / "model", text)["nll_per_token"] == pytest.approx(whole["nll_per_token"], rel=1e-6)
+
+
+def test_progress_and_the_shipped_text(tmp_path: Path) -> None:
+    save(tmp_path / "model", num_hidden_layers=1)
+    seen: list[tuple[str, int, int]] = []
+    options = EvaluateOptions(str(tmp_path / "model"), max_documents=3)
+    found = evaluate(options, lambda *event: seen.append(event), lambda _: None)
+    assert found["text"] == SHIPPED_TEXT.name
+    assert seen[-1] == ("score", found["num_tokens"], found["num_tokens"])
+    assert any(phase == "weights" for phase, _, _ in seen)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "--dtype int8"),
+        ({"max_len": 3}, "--max-len 3: must be at least 4"),
+        ({"max_len": 4096}, "--max-len 4096: the model's context is 128"),
+        ({"max_documents": 0}, "--max-documents 0"),
+        ({"text": "no/such/file"}, "--text no/such/file: cannot be read"),
+        ({"against": "small"}, "--against .*small: has 299 tokens, MODEL has 300"),
+        ({"against": "no/such/model"}, "model 'no/such/model'"),
+    ],
+)
+def test_mistakes(options: dict[str, Any], message: str, tmp_path: Path, text: Path) -> None:
+    save(tmp_path / "model", num_hidden_layers=1)
+    if options.get("against") == "small":
+        tiny_transformer("llama", vocab_size=299).save_pretrained(tmp_path / "small")
+        options = {"against": str(tmp_path / "small")}
+    with pytest.raises(ConfigError, match=message):
+        evaluate(
+            EvaluateOptions(**{"model": str(tmp_path / "model"), "text": str(text), **options}),
+            lambda *_: None,
+            lambda _: None,
+        )
+
+
+def test_an_empty_text_is_refused(tmp_path: Path, text: Path) -> None:
+    save(tmp_path / "model", num_hidden_layers=1)
+    text.write_text("<|endoftext|>\n")
+    with pytest.raises(ConfigError, match="holds no text"):
+        run(tmp_path / "model", text)

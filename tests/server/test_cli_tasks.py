@@ -1,0 +1,163 @@
+"""``nybble check``, ``quantize`` and ``eval``, as a user meets them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from nybble.engine.errors import ConfigError
+from nybble.server import cli, cli_tasks
+from tiny_models import tiny_transformer
+from tiny_tokenizer import write_tokenizer
+from waiting import until
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_transformer("llama", vocab_size=300, intermediate_size=80).save_pretrained(tmp_path / "model")
+    return write_tokenizer(tmp_path / "model")
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["nybble", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(caught.value.code or 0)
+
+
+def test_the_three_commands(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real children; the summary names what stays dense."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = str(tmp_path / "out")
+    assert call(monkeypatch, "quantize", str(folder), out, "--group-size", "32", "--num-samples", "4") == 0
+    shown = capsys.readouterr().out
+    assert "dense: model.layers.2.mlp.down_proj (80 inputs are not a multiple of 32)" in shown
+    assert "18 modules quantized" in shown
+    assert "3 left dense" in shown
+    assert "largest of 18 errors" in shown
+    assert shown.count("_proj  ") + shown.count("_proj ") >= 12
+    assert call(monkeypatch, "eval", out, "--against", str(folder), "--max-documents", "2") == 0
+    shown = capsys.readouterr().out
+    assert "NLL per token" in shown
+    assert "KL per token" in shown
+    assert call(monkeypatch, "check", out, "--kv-cache-memory", "1MiB") == 0
+    assert "will load" in capsys.readouterr().out
+    assert call(monkeypatch, "quantize", str(folder), out) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.strip().endswith("exists and is not empty; choose another folder or add --overwrite")
+
+
+def test_a_model_that_will_not_load_is_exit_code_2(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    assert call(monkeypatch, "check", str(folder)) == 2
+    shown = capsys.readouterr().out
+    assert "will NOT load" in shown
+    assert "truncated" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "only-one"], "Missing argument"),
+        (["quantize", "a", "b", "--bits", "x"], "--bits"),
+        (["quantize", "a", "b", "--actorder", "some"], "--actorder"),
+        (["quantize", "a", "b", "--surprise"], "No such option"),
+        (["check", "a", "--kv-cache-memory", "much"], "--kv-cache-memory much: give bytes"),
+        (["eval", "a", "--dtype", "int8"], "--dtype"),
+    ],
+)
+def test_mistakes_start_no_child(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("started")
+
+    monkeypatch.setattr(subprocess, "Popen", never)
+    assert call(monkeypatch, *arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def fake_child(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Let run_task start ``script`` in place of a task."""
+    real = subprocess.Popen
+
+    def start(command: list[str], **options: Any) -> Any:
+        assert command[1:4] == ["-P", "-m", "nybble.engine.tasks"]
+        return real([sys.executable, "-c", script], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+
+
+def test_events_reach_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events = [
+        {"event": "log", "line": "three [words] here"},
+        {"event": "progress", "phase": "score", "done": 1, "total": 2},
+        {"event": "progress", "phase": "score", "done": 2, "total": 2},
+        {"event": "result", "answer": 42},
+    ]
+    script = f"import sys, json\nsys.stdin.read()\nfor event in {events!r}: print(json.dumps(event))"
+    fake_child(monkeypatch, script)
+    assert cli_tasks.run_task("evaluate", {"a": 1}) == events[-1]
+    captured = capsys.readouterr()
+    assert "three [words] here" in captured.err
+    assert "2/2" in captured.err
+    assert captured.out == ""
+
+
+def test_how_a_task_can_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    error = {"event": "error", "message": "too bad", "user_error": True}
+    fake_child(monkeypatch, f"print({json.dumps(error)!r})")
+    with pytest.raises(ConfigError, match="too bad"):
+        cli_tasks.run_task("check", {})
+    monkeypatch.undo()
+    fake_child(monkeypatch, f"print({json.dumps({**error, 'user_error': False})!r})")
+    with pytest.raises(typer.Exit) as caught:
+        cli_tasks.run_task("check", {})
+    assert caught.value.exit_code == 1
+    assert "check failed: too bad" in capsys.readouterr().err
+    monkeypatch.undo()
+    fake_child(monkeypatch, "import os; os._exit(7)")
+    with pytest.raises(typer.Exit) as caught:
+        cli_tasks.run_task("check", {"large": "x" * 10**6})
+    assert caught.value.exit_code == 1
+    assert "ended without a word (exit code 7)" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_the_child(folder: Path, tmp_path: Path, child_environment: dict[str, str]) -> None:
+    """SIGINT to the command alone, as from a supervisor: the child cleans up, nothing is left."""
+    text = tmp_path / "text"
+    text.write_text("the cat and the dog went to the sea <|endoftext|>" * 30_000)
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "nybble.server.cli",
+        "quantize",
+        str(folder),
+        str(tmp_path / "out"),
+    ]
+    command += ["--group-size", "32", "--num-samples", "1000000", "--calibration", str(text)]
+    with subprocess.Popen(command, env=child_environment, stderr=subprocess.PIPE, text=True) as parent:
+        until(lambda: any(path.name.endswith(".partial") for path in tmp_path.iterdir()), 60)
+        os.kill(parent.pid, signal.SIGINT)
+        parent.communicate(timeout=60)
+        assert parent.returncode == 130
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text"]

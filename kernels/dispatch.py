@@ -44,7 +44,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class WeightTraits:
-    """What decides whether a linear kernel can take a weight. ``max_abs`` bounds the weights' magnitude."""
+    """What decides whether a linear kernel can take a weight.
+
+    ``max_abs`` bounds the weights' magnitude; ``is_24``: see ``PackedWeight.is_24``.
+    """
 
     out_features: int
     in_features: int
@@ -52,6 +55,7 @@ class WeightTraits:
     dtype: torch.dtype
     max_abs: float
     has_g_idx: bool = False
+    is_24: bool = False
 
     @staticmethod
     def of(weight: PackedWeight) -> "WeightTraits":
@@ -71,6 +75,7 @@ class WeightTraits:
             weight.values.dtype,
             max_abs,
             weight.g_idx is not None,
+            weight.is_24(),
         )
 
 
@@ -108,6 +113,7 @@ class Choice:
 
 OPS: dict[str, tuple[str, ...]] = {
     "linear": (
+        ".cpu.numba_linear:sparse_24",
         ".cpu.numba_linear:low_bit_int8",
         ".cpu.numba_linear:low_bit_fp32",
         ".cpu.numba_linear:dense",

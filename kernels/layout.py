@@ -29,8 +29,8 @@ class QuantSpec:
 class SparseOverlay:
     """Residuals that are added to a quantized weight, by row (CSR).
 
-    rowptr: [out_features + 1] int32, ascending from 0; cols: [entries] int32 or uint16, ascending within a row,
-    in the checkpoint's order of inputs; values: [entries] fp16.
+    rowptr: [out_features + 1] int32, ascending from 0; cols: [entries] int32 or uint16, ascending within a
+    row, in the checkpoint's order of inputs; values: [entries] fp16.
     """
 
     rowptr: Tensor
@@ -163,6 +163,24 @@ class PackedWeight:
         if self.outliers is not None:
             self.outliers.add_to(weights)
         return weights.to(dtype)
+
+    def is_24(self) -> bool:
+        """Whether it is int4, symmetric, and of every 4 consecutive inputs at most 2 codes are not zero.
+
+        Inputs must be in their groups' order, and groups of whole fours. Nearly free where it is not so: the
+        first rows tell.
+        """
+        spec = self.spec
+        if spec is None or spec.num_bits != 4 or self.zeros is not None:
+            return False
+        group = self.group_of_inputs()
+        if bool((group.diff() < 0).any()) or bool((group.bincount()[:-1] % 4).any()):
+            return False
+        for rows in (self.values[:16], self.values[16:]):
+            kept = torch.nn.functional.pad(rows != 8, (0, -rows.shape[1] % 4))
+            if bool((kept.view(-1, 4).sum(1, dtype=torch.uint8) > 2).any()):
+                return False
+        return True
 
     def rows(self, start: int, stop: int) -> "PackedWeight":
         """The outputs [start, stop): a tensor-parallel slice, or one part of a fused weight."""

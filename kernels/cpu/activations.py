@@ -1,7 +1,8 @@
 """Activations to int8: per token and group of 32 inputs, symmetric, rounded to nearest even.
 
 x8 = rint(x * 127 / amax), xs = amax / 127, error at most amax / 254 per element. Written in tiles of tokens
-as ``blocks.tile`` reads them; sums = -(sum of the group's int8) * offset.
+as ``int8_tile.tile`` reads them; sums = -(sum of the group's int8) * offset. For 2:4 weights ("octets"), tiles
+are int64 [K / 8, tokens], eight inputs of a token each, as x8 + 128.
 """
 
 from typing import Any
@@ -21,13 +22,22 @@ CHUNK = 120  # tokens whose activations a GEMM keeps in cache; a multiple of eve
 
 @intrinsic(prefer_literal=True)
 def _quantize_tile(
-    typingctx: Any, tokens: Any, x: Any, ldx: Any, x8: Any, xs: Any, sums: Any, groups: Any, offset: Any
+    typingctx: Any,
+    tokens: Any,
+    octets: Any,
+    x: Any,
+    ldx: Any,
+    x8: Any,
+    xs: Any,
+    sums: Any,
+    groups: Any,
+    offset: Any,
 ) -> Any:
     """``tokens`` rows of fp32 at x (row stride ldx floats) into one tile."""
-    count = literal(tokens)
+    count, in_octets = literal(tokens), literal(octets)
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        _, x, ldx, x8, xs, sums, groups, offset = arguments
+        _, _, x, ldx, x8, xs, sums, groups, offset = arguments
         emit = Emitter(builder)
         floats, ints = ir.VectorType(F32, 32), ir.VectorType(I32, 32)
         with cgutils.for_range(builder, groups) as loop:
@@ -46,23 +56,27 @@ def _quantize_tile(
                 emit.store(
                     builder.neg(builder.mul(total, builder.trunc(offset, I32))), emit.offset(sums, *at), 4
                 )
+                if in_octets:
+                    rounded = builder.add(rounded, emit.constant(I32, 128, 32))
                 quads = builder.bitcast(builder.trunc(rounded, ir.VectorType(I8, 32)), ir.VectorType(I32, 8))
                 base = emit.offset(x8, emit.scaled(g, 32 * count))
                 for quad in range(8):
                     word_ = builder.extract_element(quads, I32(quad))
-                    emit.store(word_, emit.offset(base, (quad * count + m) * 4), 4)
+                    place = (quad // 2 * count + m) * 2 + quad % 2 if in_octets else quad * count + m
+                    emit.store(word_, emit.offset(base, place * 4), 4)
         return context.get_dummy_value()
 
-    return types.void(tokens, *([types.intp] * 7)), codegen
+    return types.void(tokens, octets, *([types.intp] * 7)), codegen
 
 
-def quantize_kernel(tiles: tuple[int, int, int]) -> Any:
+def quantize_kernel(tiles: tuple[int, int, int], octets: bool) -> Any:
     """The kernel for an instruction set's tile sizes (largest first, then 1). Rows are the unit of threads.
 
     args: x, ldx (floats), K, groups, address of the number of tokens, x8, xs, sums, offset,
     perm (int32 [32 * groups], -1: zero; or 0), scratch, scratch bytes per thread.
     """
     big, mid, small = tiles
+    kind = int(octets)
 
     def quantize(args, thread, num_threads):
         x = word(args, 0)
@@ -95,13 +109,13 @@ def quantize_kernel(tiles: tuple[int, int, int]) -> Any:
                 row, ld = scratch, groups * 32
             a, b, c = x8 + m * groups * 32, xs + m * groups * 4, sums + m * groups * 4
             if count == big:
-                _quantize_tile(big, row, ld, a, b, c, groups, offset)
+                _quantize_tile(big, kind, row, ld, a, b, c, groups, offset)
             elif count == mid:
-                _quantize_tile(mid, row, ld, a, b, c, groups, offset)
+                _quantize_tile(mid, kind, row, ld, a, b, c, groups, offset)
             elif count == small:
-                _quantize_tile(small, row, ld, a, b, c, groups, offset)
+                _quantize_tile(small, kind, row, ld, a, b, c, groups, offset)
             else:
-                _quantize_tile(1, row, ld, a, b, c, groups, offset)
+                _quantize_tile(1, kind, row, ld, a, b, c, groups, offset)
             m += count
 
     return quantize

@@ -49,6 +49,11 @@ def compile_low_bit(weight: PackedWeight, isa: str, int8: bool) -> CompiledLinea
     return CompiledLinear(pack_low_bit(weight), isa, int8)
 
 
+def compile_24(weight: PackedWeight, isa: str) -> CompiledLinear:
+    """An int4 weight with 2:4 sparsity, over int8 activations."""
+    return CompiledLinear(pack_low_bit(weight, sparse=True), isa, int8=True)
+
+
 def compile_dense(weight: PackedWeight, isa: str, dtype: torch.dtype) -> CompiledLinear:
     """A dense weight of ``dtype`` in blocks of 16 outputs."""
     return CompiledLinear(pack_dense(weight, dtype), isa, int8=False)

@@ -62,6 +62,24 @@ class LowBitKernel:
 
 
 @dataclass(frozen=True, slots=True)
+class Sparse24Kernel:
+    """Takes int4 weights of which every four consecutive inputs keep two, over int8 activations."""
+
+    name: str = "cpu-int8-24"
+
+    def refuses(self, target: Target, *, weight: WeightTraits) -> str | None:
+        """Why it cannot take the weight, or None."""
+        if not weight.is_24:
+            return "takes symmetric 4-bit weights with 2:4 sparsity only"
+        return low_bit_int8.refuses(target, weight=weight)
+
+    def repack(self, weight: PackedWeight, target: Target) -> PackedLinear:
+        """Keep two codes of four and their positions."""
+        linear: PackedLinear = _compiled().compile_24(weight, instruction_set(target))
+        return linear
+
+
+@dataclass(frozen=True, slots=True)
 class DenseKernel:
     """Takes dense weights, kept in their own type (fp16, bf16, fp32); activations and sums are fp32."""
 
@@ -86,4 +104,5 @@ def _compiled() -> Any:
 
 low_bit_int8 = LowBitKernel("cpu-int8", int8=True)
 low_bit_fp32 = LowBitKernel("cpu-fp32", int8=False)
+sparse_24 = Sparse24Kernel()
 dense = DenseKernel()

@@ -5,10 +5,10 @@ Every output is one chain of fused multiply-adds over its row's entries in order
 same bits for any number of tokens and threads. Two ways of vectorising the same chains: over the 16 rows of a
 block, gathering x (one or two tokens), and over 8 tokens, reading x from tiles of [K, 8] (more tokens).
 
-Layout: a block of 16 rows keeps its first ``width`` entries of each row side by side, [width, 16], padded with
-zeros (sliced ELL: no branch per row). What a row has beyond its block's width is its tail, in CSR: a heavy row
-lengthens its own chain only, 4 cycles an entry. Threads take the blocks as the linear does, so that no barrier
-is between the two; the entries of a full row of 14336 cost its thread about 20 us per 24 tokens.
+Layout: a block of 16 rows keeps its first ``width`` entries of each row side by side, [width, 16], padded
+with zeros (sliced ELL: no branch per row). What a row has beyond its block's width is its tail, in CSR: a
+heavy row lengthens its own chain only, 4 cycles an entry. Threads take the blocks as the linear does, so that
+no barrier is between the two; a full row of 14336 inputs costs its thread about 20 us per 24 tokens.
 """
 
 from dataclasses import dataclass
@@ -265,7 +265,7 @@ def _add_tiles(
     ldy: Any,
     tokens: Any,
 ) -> Any:
-    """y[0:tokens, 0:8] += the sums of 8 rows; ``tokens`` of 8 * tiles. Pointers are those of the first row."""
+    """y[0:tokens, 0:8] += the sums of 8 rows; ``tokens`` of 8 * tiles. Pointers to the first row's."""
     count, wide_ = literal(tiles), literal(wide)
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import activations, exact_linear, int8_linear, overlay, paged_attention, rows
+from . import activations, exact_linear, int8_linear, overlay, paged_attention, rows, sparse24
 from .abi import compile_kernel
 from .l16 import GROUP, ROWS, padded
 from .tape import BY_COLUMNS, BY_HEADS, BY_ROWS, Call, Inputs, Scratch, Tape, build_tape
@@ -164,7 +164,12 @@ class Recorder:
         else:
             asym = weight.zeros is not None
             packed = (weight.codes, weight.scales, weight.zeros if asym else 0)
-            if int8:
+            if weight.sparse:
+                assert int8
+                kernel = self.kernels.get(sparse24.kernel_24, isa)
+                x8, scales, _ = self._quantize(weight, x)
+                args = (weight.codes, weight.scales, x8, scales, out, tokens, _ld(out), *shape)
+            elif int8:
                 kernel = self.kernels.get(int8_linear.int8_kernel, isa, weight.num_bits, asym)
                 args = (*packed, *self._quantize(weight, x), out, tokens, _ld(out), *shape)
             else:
@@ -198,6 +203,7 @@ class Recorder:
     def _quantize(self, weight: LowBitWeight, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x as int8 in the weight's order of inputs; shared by weights that agree on it."""
         offset = 1 if weight.zeros is not None else 2 ** (weight.num_bits - 1)
+        offset = 0 if weight.sparse else offset
         key = (*_identity(x), offset, None if weight.perm is None else weight.perm.tobytes())
         if key not in self._quantized:
             groups = weight.groups
@@ -206,7 +212,7 @@ class Recorder:
             perm = 0 if weight.perm is None else weight.perm
             head = (x, _ld(x), weight.in_features, groups, self.inputs.tokens, *quantized)
             args = (*head, offset, perm, *self._scratch(tiles[0] * groups * GROUP * 4))
-            self._call(self.kernels.get(activations.quantize_kernel, tiles), args, BY_ROWS)
+            self._call(self.kernels.get(activations.quantize_kernel, tiles, weight.sparse), args, BY_ROWS)
             self._quantized[key] = quantized
         return self._quantized[key]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..layout import PackedWeight
 from .l16 import GROUP, ROWS, pack_codes, pack_per_group, padded
 from .overlay import OverlayWeight, pack_overlay
+from .sparse24 import ZERO, pack_24
 from .vectors import BFLOAT16, FLOAT16, FLOAT32
 
 KINDS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
@@ -18,7 +19,7 @@ KINDS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowBitWeight:
-    """codes: L16 bytes; scales, zeros: fp16 [N / 16, groups, 16]; bias: fp32 [padded N].
+    """codes: L16 bytes, or those of ``sparse24`` if ``sparse``; scales, zeros: fp16 [N / 16, groups, 16]; bias: fp32 [padded N].
 
     perm: int32 [32 * groups], the input at each place, or -1 for padding; None: as they come.
     """
@@ -32,6 +33,7 @@ class LowBitWeight:
     perm: NDArray[np.int32] | None
     bias: NDArray[np.float32] | None
     overlay: OverlayWeight | None = None
+    sparse: bool = False
 
     @property
     def groups(self) -> int:
@@ -81,8 +83,8 @@ class DenseWeight:
         return self.values.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
 
-def pack_low_bit(weight: PackedWeight) -> LowBitWeight:
-    """Lay out a quantized weight. Every group is padded to whole groups of 32 inputs, whatever its size.
+def pack_low_bit(weight: PackedWeight, sparse: bool = False) -> LowBitWeight:
+    """Lay out a quantized weight; ``sparse``: ``weight.is_24()``, kept so. Every group is padded to whole groups of 32 inputs, whatever its size.
 
     Scales and zero points become fp16 (as GPTQ checkpoints have them).
     """
@@ -93,14 +95,14 @@ def pack_low_bit(weight: PackedWeight) -> LowBitWeight:
     rows, cols = padded(weight.out_features, ROWS), len(perm)
     per_32 = torch.from_numpy(group[::GROUP])
     real = perm >= 0
-    codes = np.zeros((rows, cols), np.uint8)
+    codes = np.full((rows, cols), ZERO if sparse else 0, np.uint8)
     codes[: weight.out_features, real] = weight.values.numpy()[:, perm[real]]
     identity = np.array_equal(perm[: weight.in_features], np.arange(weight.in_features))
     return LowBitWeight(
         spec.num_bits,
         weight.out_features,
         weight.in_features,
-        _aligned(pack_codes(codes, spec.num_bits)),
+        _aligned(pack_24(codes) if sparse else pack_codes(codes, spec.num_bits)),
         _aligned(pack_per_group(_padded_rows(weight.scales[:, per_32], rows))),
         None
         if weight.zeros is None
@@ -108,6 +110,7 @@ def pack_low_bit(weight: PackedWeight) -> LowBitWeight:
         None if identity else perm,
         _bias(weight, rows),
         None if weight.outliers is None else pack_overlay(weight.outliers, weight.in_features),
+        sparse,
     )
 
 

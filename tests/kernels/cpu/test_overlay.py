@@ -1,4 +1,4 @@
-"""Sparse residuals over compiled linears against float64, and their bits against any batch and any threads."""
+"""Sparse residuals over compiled linears: against float64, and bit-equal in any batch, on any threads."""
 
 import pytest
 import torch

@@ -26,10 +26,9 @@ from .model_files import ModelFiles
 from .plan import NewSequence, ScheduledSequence, StepPlan
 from .records import ModelInfo, SamplingParams
 from .runner import Runner
-from .step_model import EagerModel, StepModel, kv_cache_dtype
+from .step_model import EagerModel, StepModel, kv_cache_dtype, tape_refusal
 
 Progress = Callable[[str, int, int, str], None]
-TAPE_KERNELS = frozenset({"cpu-int8", "cpu-fp32", "cpu-dense"})
 _WARM_UP_ID = -1  # no sequence of the engine has it
 
 
@@ -90,12 +89,8 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[Engine, Mode
 
 def _tape_module(loaded: LoadedModel, config: EngineConfig, progress: Progress) -> Any:
     """``tape_model`` (it imports numba) where compiled kernels took all linears, else None; says why."""
-    others = {layer.kernel for layer in loaded.report.layers} - TAPE_KERNELS
-    if others:
-        reason = f"{', '.join(sorted(others))} cannot be recorded"
-    elif config.block_size < 16:
-        reason = f"--block-size {config.block_size}: the compiled attention needs 16 or more"
-    else:
+    reason = tape_refusal([layer.kernel for layer in loaded.report.layers], config.block_size)
+    if reason is None:
         return import_module(".tape_model", __package__)
     progress("kv cache", 0, 1, f"steps run op by op, not as a tape: {reason}")
     return None

@@ -20,6 +20,7 @@ from .model.config import ModelConfig
 from .model.loader import LayerKernel, LoadReport, resolve_target, spec_text
 from .model.plan import EMBEDDING, LM_HEAD, Slot, find_problems, part_format, weight_plan
 from .model_files import ModelFiles
+from .step_model import kv_cache_dtype, tape_refusal
 
 _SAMPLE_ROWS = 128  # a multiple of any kernel's tile of rows
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -157,16 +158,16 @@ def _check_memory(
     try:
         target = resolve_target(config, *checkpoint)
         report.max_model_len = resolve_max_model_len(config, files.max_model_len())
-        dtype = str(target.activation_dtype).removeprefix("torch.")
         report.device, report.dtype = target.device, str(target.dtype).removeprefix("torch.")
-        specs = model_config.kv_specs(dtype)
-        report.kv_bytes_per_token = sum(spec.bytes_per_token for spec in specs)
-        report.kv_bytes_one_request = request_bytes(specs, config.block_size, report.max_model_len)
-        report.kv_bytes_all_requests = report.kv_bytes_one_request * config.max_num_seqs
         if report.problems:
             return
         estimate = estimate_weights(weight_plan(model_config), *checkpoint, target)
         report.weight_bytes, report.kernels = estimate.weight_bytes, estimate.lines()
+        refusal = tape_refusal([layer.kernel for layer in estimate.layers], config.block_size)
+        specs = model_config.kv_specs(kv_cache_dtype(target, compiled=refusal is None))
+        report.kv_bytes_per_token = sum(spec.bytes_per_token for spec in specs)
+        report.kv_bytes_one_request = request_bytes(specs, config.block_size, report.max_model_len)
+        report.kv_bytes_all_requests = report.kv_bytes_one_request * config.max_num_seqs
         report.free_bytes = free_memory(target)
         if config.memory_bytes is not None:
             report.free_bytes = min(report.free_bytes, config.memory_bytes)

@@ -2,7 +2,7 @@
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ from ..kernels.paged import AttentionPlan, PagedSequence, PlanOptions, plan_atte
 from .model.decoder import Decoder
 from .records import KVSpec
 
+TAPE_KERNELS = frozenset({"cpu-int8", "cpu-fp32", "cpu-dense"})
 _GATHER_BYTES = 64 << 20  # one padded batch of gathered pages of one layer
 
 
@@ -50,6 +51,16 @@ def kv_cache_dtype(target: Target, compiled: bool = False) -> str:
     if compiled:
         return "float32" if target.dtype == torch.float32 else "float16"
     return str(target.activation_dtype).removeprefix("torch.")
+
+
+def tape_refusal(kernels: Iterable[str], block_size: int) -> str | None:
+    """Why a model whose linears got ``kernels`` cannot run as a tape, or None."""
+    others = set(kernels) - TAPE_KERNELS
+    if others:
+        return f"{', '.join(sorted(others))} cannot be recorded"
+    if block_size < 16:
+        return f"--block-size {block_size}: the compiled attention needs 16 or more"
+    return None
 
 
 def allocate_kv_cache(spec: KVSpec, num_blocks: int, block_size: int, device: str = "cpu") -> Tensor:

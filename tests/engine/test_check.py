@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from nybble.engine.build import build_engine
 from nybble.engine.check import check_model
 from nybble.engine.config import EngineConfig
 from nybble.engine.formats.registry import get_format
@@ -44,29 +45,34 @@ def gptq_checkpoint(folder: Path, **change: Any) -> Path:
     return write_checkpoint(folder, tensors, config)
 
 
-@pytest.mark.parametrize("dtype", ["auto", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "kernels"),
+    [("auto", "torch"), ("auto", "auto"), ("float32", "torch"), ("float32", "auto"), ("bfloat16", "torch")],
+)
 @pytest.mark.parametrize(
     "change",
     [None, {}, {"bits": 8, "sym": False, "checkpoint_format": "gptq_v2"}, {"dynamic": {"-:.*k_proj": {}}}],
 )
 def test_the_estimate_is_what_loading_takes(
-    tmp_path: Path, change: dict[str, Any] | None, dtype: Any
+    tmp_path: Path, change: dict[str, Any] | None, dtype: Any, kernels: Any
 ) -> None:
     folder = (
         write_checkpoint(tmp_path, dense_tensors(torch.bfloat16))
         if change is None
         else gptq_checkpoint(tmp_path, **change)
     )
-    config = EngineConfig(str(folder), "cpu", dtype, max_num_seqs=3, max_model_len=40)
+    options: dict[str, Any] = {"dtype": dtype, "cpu_kernels": kernels, "num_threads": 1}
+    config = EngineConfig(str(folder), "cpu", max_num_seqs=3, max_model_len=40, **options)
     report = check_model(folder, config)
     assert report.problems == []
     loaded = load_model(ModelFiles(folder), config, lambda *_: None)
     assert report.weight_bytes == loaded.report.weight_bytes
     assert report.kernels == loaded.report.lines()
-    assert report.dtype == str(loaded.target.dtype).removeprefix("torch.")
-    assert report.kv_bytes_per_token == 2 * 2 * 1 * 32 * loaded.target.activation_dtype.itemsize
+    _, info = build_engine(config, lambda *_: None)
+    assert (report.dtype, report.weight_bytes) == (info.dtype, info.weight_bytes)
     assert report.kv_bytes_one_request == 48 * report.kv_bytes_per_token
-    assert report.kv_bytes_all_requests == 3 * report.kv_bytes_one_request == report.kv_bytes_granted
+    assert report.kv_bytes_all_requests == 3 * report.kv_bytes_one_request
+    assert report.kv_bytes_all_requests == report.kv_bytes_granted == info.kv_bytes
     assert report.num_parameters == sum(t.numel() for t in dense_tensors().values())
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from ..kernels.dispatch import Ops, Target
+from ..kernels.layout import PackedWeight, QuantSpec
 from .check import check_weights_fit, estimate_weights, free_memory
 from .config import EngineConfig
 from .engine import Engine
@@ -24,6 +26,7 @@ from .model.loader import LoadedModel, load_model, resolve_target
 from .model.plan import find_problems, problems_error, weight_plan
 from .model_files import ModelFiles
 from .plan import NewSequence, ScheduledSequence, StepPlan
+from .quantize.grid import round_nearest
 from .records import ModelInfo, SamplingParams
 from .runner import Runner
 from .step_model import EagerModel, StepModel, kv_cache_dtype, tape_refusal
@@ -45,7 +48,7 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[Engine, Mode
     eos_token_ids = files.eos_token_ids()
     target = _plan_load(files, config)
     clock.lap("check")
-    loaded = load_model(files, config, progress, target)
+    loaded = load_model(files, config, progress, target, _head_rounder(config))
     clock.lap("weights")
     tape = _tape_module(loaded, config, progress)
     specs = loaded.config.kv_specs(kv_cache_dtype(target, compiled=tape is not None))
@@ -94,6 +97,18 @@ def _tape_module(loaded: LoadedModel, config: EngineConfig, progress: Progress) 
         return import_module(".tape_model", __package__)
     progress("kv cache", 0, 1, f"steps run op by op, not as a tape: {reason}")
     return None
+
+
+def _head_rounder(config: EngineConfig) -> Callable[[PackedWeight], PackedWeight] | None:
+    """Rounds a dense output head to ``config.lm_head_bits`` in groups of 32, symmetric; None: leave it."""
+    if config.lm_head_bits is None:
+        return None
+    spec = QuantSpec(config.lm_head_bits, 32, symmetric=True)
+
+    def round_head(head: PackedWeight) -> PackedWeight:
+        return replace(round_nearest(head.dequantize(), spec), bias=head.bias)
+
+    return round_head
 
 
 class _Clock:

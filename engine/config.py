@@ -26,9 +26,10 @@ class EngineConfig:
     memory_bytes: int | None = None  # what the engine may use in all; None: what is free
     num_threads: int | None = None  # None: physical cores within the cgroup's quota
     enable_prefix_caching: bool = True
-    lag: int = 1  # steps planned ahead of the one that runs: 0 or 1
+    lag: int = 0  # steps planned ahead of the one that runs: 0 or 1 (a CPU has nothing to overlap)
     seed: int = 0
     cpu_kernels: CpuKernels = "auto"  # compiled ones for the CPU's best instruction set, or for this one
+    lm_head_bits: int | None = None  # 8 or 4: round a dense output head, in groups of 32; else as stored
     cpu_activations: CpuActivations | None = None  # what low-bit weights meet in compiled kernels
 
     @property
@@ -50,6 +51,8 @@ class EngineConfig:
             _at_least("--kv-cache-memory", self.kv_cache_memory, 1)
         if self.block_size not in (8, 16, 32, 64, 128):
             raise ConfigError(f"--block-size {self.block_size}: use 8, 16, 32, 64 or 128")
+        if self.lm_head_bits not in (None, 4, 8):
+            raise ConfigError(f"--lm-head-bits {self.lm_head_bits}: use 4 or 8, or leave it out")
         if self.lag not in (0, 1):
             raise ConfigError(f"--lag {self.lag}: use 0 or 1")
         if self.max_num_batched_tokens < self.max_num_seqs:

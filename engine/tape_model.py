@@ -14,10 +14,12 @@ from ..kernels.cpu.compiled import CompiledLinear, kernels_for
 from ..kernels.cpu.paged_attention import SPAN_ROWS
 from ..kernels.cpu.pool import Pool
 from ..kernels.cpu.recorder import PagedCache, Recorder
+from ..kernels.cpu.self_test import wrong_kernels
 from ..kernels.cpu.tape import GroupInputs, Inputs, Tape
 from ..kernels.cpu.weights import DenseWeight
 from ..kernels.paged import PagedSequence
 from .config import EngineConfig
+from .errors import ConfigError
 from .hardware import cache_folder
 from .model.config import ModelConfig
 from .model.decoder import Decoder
@@ -32,8 +34,18 @@ _ROTARY_CHUNK = 4096  # positions whose angles are computed when the first of th
 def build_tape_model(
     loaded: LoadedModel, specs: Sequence[KVSpec], num_blocks: int, config: EngineConfig, num_threads: int
 ) -> "TapeModel":
-    """Record the decoder of a loaded model. Machine code is kept in the user's cache folder."""
+    """Record the decoder of a loaded model. Machine code is kept in the user's cache folder.
+
+    ConfigError: a kernel gives a wrong answer to a known question.
+    """
     use_cache(cache_folder())
+    linears = [weight for weight in loaded.weights.values() if isinstance(weight, Linear)]
+    wrong = wrong_kernels(p for linear in linears for p in linear.parts if isinstance(p, CompiledLinear))
+    if wrong:
+        raise ConfigError(
+            f"--cpu-kernels {config.cpu_kernels}: wrong results on this CPU from {', '.join(wrong)}; use "
+            "--cpu-kernels torch"
+        )
     shape = (num_blocks, config.block_size)
     return TapeModel(loaded.config, loaded.weights, specs, shape, num_threads, config.max_num_batched_tokens)
 
@@ -47,7 +59,8 @@ class _RecordedLinear:
         assert len(self._parts) == len(linear.parts)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._recorder.linear([part.weight for part in self._parts], x, self._parts[0].int8)
+        int8 = any(part.int8 for part in self._parts)
+        return self._recorder.linear([part.weight for part in self._parts], x, int8)
 
 
 def _dense_head(head: Linear | Tensor) -> DenseWeight | None:

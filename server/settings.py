@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from ..engine.config import Device, DType, EngineConfig
+from ..engine.config import CpuActivations, CpuKernels, Device, DType, EngineConfig
 from ..engine.errors import ConfigError
 from ..engine.tokenizer import POOL_ENVIRONMENT
 
@@ -83,7 +83,18 @@ class Settings(BaseSettings):
         None, description="the engine's threads (default: the physical cores it may use)"
     )
     prefix_caching: bool = Field(True, description="let requests share the KV cache of equal beginnings")
-    lag: int = Field(1, description="steps planned ahead of the one that runs: 0 or 1")
+    lag: int = Field(0, description="steps planned ahead of the one that runs: 0 or 1")
+    cpu_kernels: CpuKernels = Field(
+        "auto", description="compiled kernels for this instruction set, or torch's own (auto: the CPU's best)"
+    )
+    cpu_activations: CpuActivations | None = Field(
+        None,
+        description="what low-bit weights meet in compiled kernels; fp32 is exact "
+        "(default: int8, fp32 with --dtype float32)",
+    )
+    lm_head_bits: int | None = Field(
+        None, description="round a dense output head to 8 or 4 bits at load (default: as stored)"
+    )
     seed: int = Field(0, ge=-(2**63), lt=2**63, description="seed of the requests that bring none")
 
     api_key: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
@@ -141,6 +152,9 @@ class Settings(BaseSettings):
             num_threads=self.num_threads,
             enable_prefix_caching=self.prefix_caching,
             lag=self.lag,
+            cpu_kernels=self.cpu_kernels,
+            cpu_activations=self.cpu_activations,
+            lm_head_bits=self.lm_head_bits,
             seed=self.seed,
             generation_config=self.generation_config,
         )

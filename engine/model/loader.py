@@ -20,10 +20,21 @@ from ..hardware import cpu_features
 from ..model_files import ModelFiles
 from .config import ModelConfig
 from .layers import Linear
-from .plan import EMBEDDING, Part, Slot, find_problems, part_format, part_tensors, problems_error, weight_plan
+from .plan import (
+    EMBEDDING,
+    LM_HEAD,
+    Part,
+    Slot,
+    find_problems,
+    part_format,
+    part_tensors,
+    problems_error,
+    weight_plan,
+)
 
 Progress = Callable[[str, int, int, str], None]
 Weights = dict[str, Linear | Tensor]
+RoundHead = Callable[[PackedWeight], PackedWeight]
 Refusals = tuple[tuple[str, str], ...]
 
 
@@ -147,7 +158,12 @@ def _load_tensor(files: SafetensorsFiles, slot: Slot, target: Target) -> Tensor:
 
 
 def _load_linear(
-    files: SafetensorsFiles, checkpoint_format: Format, slot: Slot, target: Target, table: Tensor | None
+    files: SafetensorsFiles,
+    checkpoint_format: Format,
+    slot: Slot,
+    target: Target,
+    table: Tensor | None,
+    round_head: RoundHead | None = None,
 ) -> tuple[Linear, list[LayerKernel]]:
     parts = [
         PackedWeight(table)
@@ -155,6 +171,8 @@ def _load_linear(
         else load_part(files, checkpoint_format, slot, part)
         for part in slot.parts
     ]
+    if slot.name == LM_HEAD and round_head is not None:
+        parts = [round_head(part) if part.spec is None else part for part in parts]
     fused = PackedWeight.cat(parts)
     del parts
     linear = Linear.build(fused, target)
@@ -185,10 +203,15 @@ def _checked(files: SafetensorsFiles, name: str) -> Tensor:
 
 
 def load_model(
-    folder: ModelFiles, config: EngineConfig, progress: Progress, target: Target | None = None
+    folder: ModelFiles,
+    config: EngineConfig,
+    progress: Progress,
+    target: Target | None = None,
+    round_head: RoundHead | None = None,
 ) -> LoadedModel:
     """The model in ``folder``. ``progress(phase, done, total, line)`` is told of every module.
 
+    ``round_head``: quantizes the output head if it is stored dense.
     Errors: UnsupportedModelError, CheckpointError that lists missing, wrong and unexpected tensors.
     """
     model_config = ModelConfig.from_dict(folder.config)
@@ -205,7 +228,9 @@ def load_model(
         for done, slot in enumerate(slots):
             progress("weights", done, len(slots), "")
             if slot.kind == "linear":
-                weights[slot.name], kernels = _load_linear(files, checkpoint_format, slot, chosen, table)
+                weights[slot.name], kernels = _load_linear(
+                    files, checkpoint_format, slot, chosen, table, round_head
+                )
                 layers += kernels
             else:
                 weights[slot.name] = tensor = _load_tensor(files, slot, chosen)

@@ -1,0 +1,62 @@
+"""A tiny known answer for every linear kernel that a model uses, asked before it serves.
+
+LLVM intrinsics change between releases, and a cache can be damaged: better no server than a wrong one.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+from ..layout import PackedWeight, QuantSpec
+from .compiled import CompiledLinear, compile_24, compile_dense, compile_low_bit
+from .weights import LowBitWeight
+
+_ROWS, _COLS, _TOKENS = 32, 64, 9  # a whole tile of eight tokens and one more
+_TOLERANCE = {True: 0.02, False: 1e-5}  # of the largest output; int8 activations round to 1 / 254 of a group
+
+
+def wrong_kernels(linears: Iterable[CompiledLinear]) -> list[str]:
+    """Names of the kernels among those of ``linears`` that fail; each kind is asked once."""
+    kinds: dict[tuple[object, ...], CompiledLinear] = {}
+    for linear in linears:
+        kinds.setdefault(_kind(linear), linear)
+    return [" ".join(str(trait) for trait in kind) for kind, linear in kinds.items() if not _passes(linear)]
+
+
+def _kind(linear: CompiledLinear) -> tuple[object, ...]:
+    weight = linear.weight
+    if not isinstance(weight, LowBitWeight):
+        return linear.isa, str(weight.values.dtype).removeprefix("torch.")
+    zeros = "sym" if weight.zeros is None else "asym"
+    pattern = "2:4" if weight.sparse else "dense"
+    return linear.isa, f"{weight.num_bits}-bit", zeros, pattern, "int8" if linear.int8 else "fp32"
+
+
+def _passes(linear: CompiledLinear) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_TOKENS, _COLS, generator=generator)
+    weight = linear.weight
+    if isinstance(weight, LowBitWeight):
+        known = _low_bit(weight, generator)
+        if weight.sparse:
+            made = compile_24(known, linear.isa)
+        else:
+            made = compile_low_bit(known, linear.isa, linear.int8)
+    else:
+        known = PackedWeight(torch.randn(_ROWS, _COLS, generator=generator).to(weight.values.dtype))
+        made = compile_dense(known, linear.isa, weight.values.dtype)
+    expected = x.double() @ known.dequantize().double().T
+    error = (made(x) - expected).abs().max() / expected.abs().max()
+    return bool(error < _TOLERANCE[linear.int8])
+
+
+def _low_bit(weight: LowBitWeight, generator: torch.Generator) -> PackedWeight:
+    top, middle = 2**weight.num_bits, 2 ** (weight.num_bits - 1)
+    codes = torch.randint(0, top, (_ROWS, _COLS), generator=generator, dtype=torch.uint8)
+    if weight.sparse:
+        codes.view(_ROWS, -1, 4)[:, :, ::2] = middle
+    scales = (torch.rand(_ROWS, _COLS // 32, generator=generator) + 0.5).half()
+    zeros = None
+    if weight.zeros is not None:
+        zeros = torch.randint(0, top, scales.shape, generator=generator, dtype=torch.uint8)
+    return PackedWeight(codes, QuantSpec(weight.num_bits, 32, zeros is None), scales, zeros)

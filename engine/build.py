@@ -92,7 +92,8 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[Engine, Mode
 
 def _tape_module(loaded: LoadedModel, config: EngineConfig, progress: Progress) -> Any:
     """``tape_model`` (it imports numba) where compiled kernels took all linears, else None; says why."""
-    reason = tape_refusal([layer.kernel for layer in loaded.report.layers], config.block_size)
+    kernels = [layer.kernel for layer in loaded.report.layers]
+    reason = tape_refusal(kernels, config.block_size, loaded.config.head_dim)
     if reason is None:
         return import_module(".tape_model", __package__)
     progress("kv cache", 0, 1, f"steps run op by op, not as a tape: {reason}")

@@ -163,7 +163,9 @@ def _check_memory(
             return
         estimate = estimate_weights(weight_plan(model_config), *checkpoint, target)
         report.weight_bytes, report.kernels = estimate.weight_bytes, estimate.lines()
-        refusal = tape_refusal([layer.kernel for layer in estimate.layers], config.block_size)
+        refusal = tape_refusal(
+            [layer.kernel for layer in estimate.layers], config.block_size, model_config.head_dim
+        )
         specs = model_config.kv_specs(kv_cache_dtype(target, compiled=refusal is None))
         report.kv_bytes_per_token = sum(spec.bytes_per_token for spec in specs)
         report.kv_bytes_one_request = request_bytes(specs, config.block_size, report.max_model_len)

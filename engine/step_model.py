@@ -53,13 +53,15 @@ def kv_cache_dtype(target: Target, compiled: bool = False) -> str:
     return str(target.activation_dtype).removeprefix("torch.")
 
 
-def tape_refusal(kernels: Iterable[str], block_size: int) -> str | None:
+def tape_refusal(kernels: Iterable[str], block_size: int, head_dim: int) -> str | None:
     """Why a model whose linears got ``kernels`` cannot run as a tape, or None."""
     others = set(kernels) - TAPE_KERNELS
     if others:
         return f"{', '.join(sorted(others))} cannot be recorded"
     if block_size < 16:
         return f"--block-size {block_size}: the compiled attention needs 16 or more"
+    if head_dim % 16 != 0:
+        return f"heads of {head_dim}: the compiled attention needs a multiple of 16"
     return None
 
 

@@ -9,6 +9,7 @@ thread, and try all again after a while; so a foreign busy process costs its sha
 """
 
 import threading
+import weakref
 from functools import lru_cache
 from typing import Any
 
@@ -96,7 +97,7 @@ def _functions() -> tuple[Any, Any, Any]:
 
 
 class Pool:
-    """``num_threads`` counts the caller."""
+    """``num_threads`` counts the caller. ``close()`` ends the workers; so does the pool's own end."""
 
     def __init__(self, num_threads: int, spin: int = 2000) -> None:
         self.num_threads = num_threads
@@ -104,15 +105,17 @@ class Pool:
         self._control = (self._memory.ctypes.data + _LINE - 1) // _LINE * _LINE
         self._view = self._memory[(self._control - self._memory.ctypes.data) // 8 :]
         self._view[_SPIN // 8] = spin
-        worker_loop, self._run_tape, self._stop_workers = _functions()
+        worker_loop, self._run_tape, stop_workers = _functions()
         self._single_runs = 0
         self._penalty = 8
-        self._workers = [
+        workers = [
             threading.Thread(target=worker_loop, args=(self._control, i), daemon=True, name=f"nybble-cpu-{i}")
             for i in range(1, num_threads)
         ]
-        for worker in self._workers:
+        for worker in workers:
             worker.start()
+        # Workers read the control block for as long as they live: it may not go before them.
+        self.close = weakref.finalize(self, _end, stop_workers, self._memory, self._control, workers)
 
     def run(self, tape: "np.ndarray[Any, np.dtype[np.int64]]", length: int) -> None:
         """Replay ``length`` records; returns when all are done. One caller at a time."""
@@ -130,10 +133,10 @@ class Pool:
             elif slept == 0:
                 self._penalty = max(8, self._penalty // 2)
 
-    def close(self) -> None:
-        """End the workers."""
-        if self._workers:
-            self._stop_workers(self._control)
-            for worker in self._workers:
-                worker.join()
-            self._workers = []
+
+def _end(stop_workers: Any, memory: Any, control: int, workers: list[threading.Thread]) -> None:
+    """Stop the workers and wait until none reads ``memory``, the control block, any more."""
+    if workers:
+        stop_workers(control)
+        for worker in workers:
+            worker.join()

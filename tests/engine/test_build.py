@@ -53,6 +53,7 @@ def test_the_warm_up_leaves_no_trace(tmp_path: Path) -> None:
     engine, _ = build(folder)
     stats = engine.stats()
     assert (stats.step, stats.prompt_tokens, stats.kv_usage, stats.prefix_cache_queries) == (0, 0, 0.0, 0)
+    assert engine._executor.num_sequences == 0
     first = generate(engine, 12)
     assert generate(build(folder)[0], 12) == first
 

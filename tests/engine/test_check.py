@@ -127,6 +127,15 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
     assert sum(line.startswith("  problem: unexpected tensor extra.") for line in report.lines()) == 30
 
 
+def test_missing_and_mistyped_tensors_are_no_crash(tmp_path: Path) -> None:
+    tensors = dense_tensors()
+    del tensors["model.norm.weight"]
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(96, 64, dtype=torch.int64)
+    report = check_model(write_checkpoint(tmp_path, tensors), EngineConfig("m", "cpu"))
+    assert len(report.problems) == 2
+    assert (report.weight_bytes, report.max_model_len) == (0, 128)
+
+
 def test_config_format_and_files_can_all_be_wrong_together(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, dense_tensors(), {"quant_method": "awq"}, model_type="mamba")
     with (folder / "model.safetensors").open("r+b") as file:

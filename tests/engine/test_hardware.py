@@ -77,6 +77,7 @@ def test_cgroup_v1_quota_and_memory(tmp_path: Path) -> None:
         },
     )
     assert hardware.cpu_quota(tmp_path) == 1.5
+    assert hardware.default_threads(tmp_path, [0, 1, 2, 3]) == 1
     assert hardware.available_memory(tmp_path) == 8 * GIB - 3 * GIB
 
 

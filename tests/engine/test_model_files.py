@@ -240,6 +240,20 @@ def test_a_strange_sampling_value_is_refused(tmp_path: Path, key: str, value: An
         ({"max_position_embeddings": 2048, "rope_scaling": {"rope_type": "dynamic", "factor": 2}}, 4096),
         (
             {
+                "max_position_embeddings": 2048,
+                "rope_scaling": {"type": "linear", "factor": 2, "original_max_position_embeddings": 7},
+            },
+            4096,
+        ),
+        (
+            {
+                "max_position_embeddings": 99,
+                "rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 7},
+            },
+            14,
+        ),
+        (
+            {
                 "max_position_embeddings": 32768,
                 "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 32768},
             },

@@ -61,7 +61,8 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[Engine, Mode
         model = tape.build_tape_model(loaded, specs, kv.num_blocks, config, num_threads)
     runner = Runner(model, eos_token_ids, config.seed)
     clock.lap("kv_cache")
-    _warm_up(runner, len(specs), min(config.block_size, max_model_len) - 1, loaded)
+    length = min(config.block_size, max_model_len - 1, config.max_num_batched_tokens)
+    _warm_up(runner, len(specs), max(1, length - 1), loaded)
     progress("warm-up", 1, 1, "")
     clock.lap("warm_up")
     vocab = loaded.config.vocab_size

@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from nybble.engine.build import build_engine
+from nybble.engine.config import EngineConfig
+from nybble.engine.engine import Engine
 from nybble.engine.model.decoder import Decoder
 from nybble.engine.records import SamplingParams, SequenceOutput
 from tiny_models import engine_over, load_decoder, tiny_transformer
@@ -44,6 +47,7 @@ class Case:
 
     theirs: Any
     ours: Decoder
+    folder: Path
     prompts: list[list[int]]
     expected: list[list[int]]
 
@@ -101,7 +105,24 @@ def trained(request: pytest.FixtureRequest) -> Case:
         pytest.skip(f"no checkpoint {request.param} here")
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prompts = text_prompts(Tokenizer.from_file(str(folder / "tokenizer.json")))
-    return Case(theirs, load_decoder(folder), prompts, generate(theirs, prompts, NUM_TOKENS))
+    return Case(theirs, load_decoder(folder), folder, prompts, generate(theirs, prompts, NUM_TOKENS))
+
+
+def torch_engine(case: Case, num_blocks: int, **options: Any) -> Engine:
+    """Torch's ops one by one: the path of every device, and the CPU's oracle."""
+    return engine_over(case.ours, num_blocks, **options)
+
+
+def served_engine(case: Case, num_blocks: int, **options: Any) -> Engine:
+    """What ``nybble serve --dtype float32`` builds on this machine."""
+    token_bytes = sum(spec.bytes_per_token for spec in case.ours.config.kv_specs("float32"))
+    memory = num_blocks * options["block_size"] * token_bytes
+    longest = max(map(len, case.prompts)) + NUM_TOKENS
+    limits = {"max_model_len": longest, "kv_cache_memory": memory, "num_threads": 1}
+    config = EngineConfig(str(case.folder), "cpu", "float32", **limits, **options)
+    engine, info = build_engine(config, lambda *_: None)
+    assert info.dtype == "float32"
+    return engine
 
 
 # (concurrent requests, prefix cache, chunked prefill, forced preemption, lag)
@@ -118,27 +139,30 @@ PAIRS = [
 CUTS = EVERY if os.environ.get("NYBBLE_TEST_EVERY_CUT") else PAIRS
 
 
+@pytest.mark.parametrize("served", [False, True], ids=["torch", "served"])
 @pytest.mark.parametrize(("concurrent", "cache", "chunked", "crowded", "lag"), CUTS)
 def test_tokens_are_those_of_generate(
-    trained: Case, concurrent: int, cache: bool, chunked: bool, crowded: bool, lag: int
+    trained: Case, served: bool, concurrent: int, cache: bool, chunked: bool, crowded: bool, lag: int
 ) -> None:
+    block = 16 if served else BLOCK  # compiled attention wants larger blocks
     longest = max(map(len, trained.prompts)) + NUM_TOKENS
-    engine = engine_over(
-        trained.ours,
-        num_blocks=longest // BLOCK + 12 if crowded else 1000,
+    make = served_engine if served else torch_engine
+    engine = make(
+        trained,
+        longest // block + (6 if served else 12) if crowded else 1000,
         max_num_seqs=concurrent,
         max_num_batched_tokens=max(concurrent, 9) if chunked else 2048,
         enable_prefix_caching=cache,
         lag=lag,
-        block_size=BLOCK,
+        block_size=block,
     )
     trained.check(engine.generate(trained.prompts, GREEDY))
     assert (engine.stats().num_preemptions > 0) == (crowded and concurrent > 1)
     if cache and not crowded:
         before = engine.stats().prefix_cache_hits
         trained.check(engine.generate(trained.prompts, GREEDY))
-        whole_blocks = sum((len(prompt) - 1) // BLOCK for prompt in trained.prompts)
-        assert engine.stats().prefix_cache_hits - before == BLOCK * whole_blocks
+        whole_blocks = sum((len(prompt) - 1) // block for prompt in trained.prompts)
+        assert engine.stats().prefix_cache_hits - before == block * whole_blocks
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -156,7 +180,7 @@ def random_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     theirs.save_pretrained(folder)
     rng = random.Random(1)
     prompts = [[rng.randrange(97) for _ in range(rng.randrange(1, 60))] for _ in range(12)]
-    return Case(theirs, load_decoder(folder), prompts, generate(theirs, prompts, 40))
+    return Case(theirs, load_decoder(folder), folder, prompts, generate(theirs, prompts, 40))
 
 
 @pytest.mark.parametrize(

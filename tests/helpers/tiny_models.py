@@ -47,8 +47,8 @@ def tiny_transformer(model_type: str, **fields: Any) -> Any:
 
 
 def load_decoder(folder: Path, dtype: str = "float32", device: str = "cpu") -> Decoder:
-    """Our decoder over a saved model."""
-    options = EngineConfig(model=str(folder), device=device, dtype=dtype)  # type: ignore[arg-type]
+    """Our decoder over a saved model, with torch's own linears."""
+    options = EngineConfig(str(folder), device, dtype, cpu_kernels="torch")  # type: ignore[arg-type]
     loaded = load_model(ModelFiles(folder), options, lambda *_: None)
     ops = Ops.resolve(loaded.target)
     return Decoder(loaded.config, loaded.weights, ops, loaded.target.activation_dtype)

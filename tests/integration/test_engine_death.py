@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
-from conftest import DEMO, LiveServer, serve
+from live_server import DEMO, LiveServer, serve
 
 NUM_STREAMS = 16
 BACK_WITHIN_SECONDS = 5.0

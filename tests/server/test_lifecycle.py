@@ -48,7 +48,9 @@ class Process:
 
 
 @contextmanager
-def process(folder: Path, environment: dict[str, str], *arguments: str) -> Iterator[Process]:
+def process(
+    folder: Path, environment: dict[str, str], *arguments: str, up: str = "/ready"
+) -> Iterator[Process]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -66,7 +68,7 @@ def process(folder: Path, environment: dict[str, str], *arguments: str) -> Itera
     )
     running = Process(popen, port)
     try:
-        until(lambda: popen.poll() is not None or running.status("/ready") == 200, 30)
+        until(lambda: popen.poll() is not None or running.status(up) == 200, 30)
         yield running
     finally:
         running.http.close()
@@ -160,6 +162,17 @@ def test_a_second_signal_exits_now(folder: Path, environment: dict[str, str]) ->
         server.popen.terminate()
         assert server.ended(2) == 128 + signal.SIGTERM
         until(lambda: not _alive(engines[0]), 3)
+
+
+def test_a_server_that_still_loads_lives_and_leaves_at_once(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    with process(write_model(tmp_path / "load-hang"), environment, up="/health") as server:
+        assert server.status("/ready") == 503
+        assert server.http.post("/v1/completions", json=body(65, 3)).status_code == 503
+        assert server.http.post("/tokenize", json={"prompt": "a"}).status_code == 200
+        server.popen.terminate()
+        assert server.ended(10) == 0
 
 
 def test_interrupt_at_a_terminal_has_no_delay(folder: Path, environment: dict[str, str]) -> None:

@@ -146,8 +146,9 @@ class Lifecycle:
         """Unready, then closed to new requests, until the running ones are done or the time is up."""
         settings, admission = self._gateway.settings, self._gateway.admission
         self._gateway.phase = Phase.DRAINING
-        # Routers need time to see /ready fail; at a terminal there is none to wait for.
-        delay = settings.drain_delay if self._signal is signal.SIGTERM else 0.0
+        # Routers need time to see /ready fail; at a terminal, or if it never held, there is none to wait for.
+        routed = self._signal is signal.SIGTERM and self._client.info is not None
+        delay = settings.drain_delay if routed else 0.0
         logger.info(
             "stopping: %d requests run; taking new ones for %g s more, then waiting up to %g s",
             admission.requests,

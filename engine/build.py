@@ -58,7 +58,8 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[Engine, Mode
         decoder = Decoder(loaded.config, loaded.weights, Ops.resolve(target), target.activation_dtype)
         model: StepModel = EagerModel(decoder, specs, kv.num_blocks, config.block_size)
     else:
-        model = tape.build_tape_model(loaded, specs, kv.num_blocks, config, num_threads)
+        known = replace(config, max_model_len=max_model_len)
+        model = tape.build_tape_model(loaded, specs, kv.num_blocks, known, num_threads)
     runner = Runner(model, eos_token_ids, config.seed)
     clock.lap("kv_cache")
     length = min(config.block_size, max_model_len - 1, config.max_num_batched_tokens)

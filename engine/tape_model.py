@@ -4,6 +4,7 @@ Imports numba: reached from ``build`` only where the compiled kernels can run.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from ..kernels.cpu.recorder import PagedCache, Recorder
 from ..kernels.cpu.self_test import wrong_kernels
 from ..kernels.cpu.tape import GroupInputs, Inputs, Tape
 from ..kernels.cpu.weights import DenseWeight
+from ..kernels.dispatch import Ops
 from ..kernels.paged import PagedSequence
 from .config import EngineConfig
 from .errors import ConfigError
@@ -47,27 +49,56 @@ def build_tape_model(
             "--cpu-kernels torch"
         )
     shape = (num_blocks, config.block_size)
-    return TapeModel(loaded.config, loaded.weights, specs, shape, num_threads, config.max_num_batched_tokens)
+    limits = (config.max_num_batched_tokens, config.max_model_len or loaded.config.max_position_embeddings)
+    return TapeModel(loaded.config, loaded.weights, specs, shape, num_threads, limits)
 
 
-class _RecordedLinear:
-    """Stands for a Linear while the decoder is recorded."""
+class _Recorded:
+    """Parts of a Linear while the decoder is recorded: a PackedLinear over meta tensors."""
 
-    def __init__(self, recorder: Recorder, linear: Linear) -> None:
+    def __init__(self, recorder: Recorder, parts: Sequence[CompiledLinear]) -> None:
         self._recorder = recorder
-        self._parts = [part for part in linear.parts if isinstance(part, CompiledLinear)]
-        assert len(self._parts) == len(linear.parts)
+        self._parts = parts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(part.nbytes for part in self._parts)
 
     def __call__(self, x: Tensor) -> Tensor:
         int8 = any(part.int8 for part in self._parts)
         return self._recorder.linear([part.weight for part in self._parts], x, int8)
 
 
+def _compiled_parts(linear: Linear) -> list[CompiledLinear]:
+    parts = [part for part in linear.parts if isinstance(part, CompiledLinear)]
+    assert len(parts) == len(linear.parts)
+    return parts
+
+
+def _recording_ops(recorder: Recorder) -> Ops:
+    """The decoder's own ops; attention goes through ``attend``."""
+
+    def elsewhere(*args: object) -> Any:
+        raise AssertionError("attention is recorded by Recorder.attend")
+
+    return Ops(
+        embedding=recorder.embedding,
+        rms_norm=recorder.rms_norm,
+        add_rms_norm=recorder.add_rms_norm,
+        rope=recorder.rope,
+        silu_and_mul=recorder.silu_and_mul,
+        kv_write=elsewhere,
+        paged_attention=elsewhere,
+        causal_attention=elsewhere,
+    )
+
+
 def _dense_head(head: Linear | Tensor) -> DenseWeight | None:
     """The head's weight if it is dense: embeddings can then be read from it."""
     assert isinstance(head, Linear)
-    (part,) = head.parts
-    return part.weight if isinstance(part, CompiledLinear) and isinstance(part.weight, DenseWeight) else None
+    (part,) = _compiled_parts(head)
+    return part.weight if isinstance(part.weight, DenseWeight) else None
 
 
 class _RotaryTable:
@@ -102,18 +133,21 @@ class TapeModel:
         specs: Sequence[KVSpec],
         cache_shape: tuple[int, int],
         num_threads: int,
-        max_tokens: int,
+        limits: tuple[int, int],
     ) -> None:
-        """cache_shape: (blocks, tokens in a block); max_tokens: of one step."""
+        """cache_shape: (blocks, tokens in a block); limits: tokens of one step, of one sequence."""
         num_blocks, block_size = cache_shape
+        max_tokens, max_positions = limits
         self.vocab_size = config.vocab_size
-        isa = next(p.isa for w in weights.values() if isinstance(w, Linear) for p in w.parts)
+        head = weights["lm_head"]
+        assert isinstance(head, Linear)
+        isa = _compiled_parts(head)[0].isa
         self._config = config
         self._block_size = block_size
         self._inputs = Inputs(max_tokens, len(specs))
         self._pool = Pool(num_threads)
         self._caches = _allocate(specs, num_blocks, block_size)
-        self._rotary = _RotaryTable(config, config.max_position_embeddings)
+        self._rotary = _RotaryTable(config, max_positions)
         self._tables: dict[int, tuple[tuple[int, ...], np.ndarray]] = {}
         kernels = kernels_for(isa)
         tied = _dense_head(weights["lm_head"]) if config.tie_word_embeddings else None
@@ -121,16 +155,16 @@ class TapeModel:
         self._head_inputs = Inputs(_HEAD_ROWS)
         self._head_hidden = torch.zeros(_HEAD_ROWS, config.hidden_size)
         recorder = Recorder(kernels, self._head_inputs, num_threads)
-        head = weights["lm_head"]
-        assert isinstance(head, Linear)
-        self._head = recorder.finish(_RecordedLinear(recorder, head)(self._head_hidden))
+        self._head = recorder.finish(_Recorded(recorder, _compiled_parts(head))(self._head_hidden))
 
     def _record_body(self, recorder: Recorder, weights: Mapping[str, Linear | Tensor]) -> Tape:
         recorded = {
-            name: _RecordedLinear(recorder, weight) if isinstance(weight, Linear) else weight
+            name: Linear([_Recorded(recorder, _compiled_parts(weight))])
+            if isinstance(weight, Linear)
+            else weight
             for name, weight in weights.items()
         }
-        decoder = Decoder(self._config, recorded, recorder)
+        decoder = Decoder(self._config, recorded, _recording_ops(recorder))
         decoder.rotary = lambda positions, dtype: (self._rotary.cos, self._rotary.sin)
         nothing = torch.empty(0, dtype=torch.int64)
 

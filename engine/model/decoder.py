@@ -17,6 +17,7 @@ from .layers import Linear, RotaryEmbedding
 # (layer index, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, Hq * D]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 Rotary = tuple[Tensor, Tensor]
+Rotate = Callable[[Tensor, torch.dtype], Rotary]  # positions [T], dtype -> cos, sin
 
 
 class DecoderLayer:
@@ -82,7 +83,7 @@ class Decoder:
         self.embed_tokens = _vector(weights, "model.embed_tokens")
         self.norm = _vector(weights, "model.norm")
         self.lm_head = _linear(weights, "lm_head")
-        self.rotary = RotaryEmbedding(config, str(self.embed_tokens.device))
+        self.rotary: Rotate = RotaryEmbedding(config, str(self.embed_tokens.device))
         self.layers = [
             DecoderLayer(config, index, _below(weights, f"model.layers.{index}."), ops)
             for index in range(config.num_layers)

@@ -32,20 +32,24 @@ def use_cache(root: Path) -> Path:
         digest.update(source.read_bytes())
     folder = root / f"kernels-{digest.hexdigest()}"
     folder.mkdir(parents=True, exist_ok=True)
-    config.CACHE_DIR = str(folder)
+    setattr(config, "CACHE_DIR", str(folder))  # noqa: B010 - numba makes its settings at run time
     return folder
 
 
 def compile_kernel(function: Callable[..., None]) -> Any:
     """The machine code of a kernel; ``.address`` is its entry. From the cache where one is in use."""
-    options = {"nopython": True, "nogil": True, "error_model": "numpy", "cache": bool(config.CACHE_DIR)}
-    return cfunc(KERNEL, **options)(function)
+    compiler = cfunc(KERNEL, nopython=True, nogil=True, error_model="numpy", cache=_cached())
+    return compiler(function)
 
 
 def compile_function(function: Callable[..., None]) -> Any:
     """A function of int64 arguments that Python calls without the interpreter lock."""
     signature = types.void(*[types.intp] * function.__code__.co_argcount)
-    return njit(signature, nogil=True, cache=bool(config.CACHE_DIR))(function)
+    return njit(signature, nogil=True, cache=_cached())(function)
+
+
+def _cached() -> bool:
+    return bool(getattr(config, "CACHE_DIR", ""))
 
 
 @intrinsic

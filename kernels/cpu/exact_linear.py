@@ -8,7 +8,7 @@ in the tile (batch invariance).
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -116,13 +116,29 @@ def exact_kernel(isa: int, num_bits: int, kind: int, asym: bool) -> Any:
     accumulate (0 or 1). Blocks of outputs are the unit of threads.
     """
     big, small = (6, 2) if isa == VNNI else (3, 1)
-    has_zeros = int(asym)
+    zp = int(asym)  # a literal for ``exact_tile``
     block_bytes = 32 * 16 * ELEMENT_BYTES[kind] if num_bits == DENSE else GROUP_BYTES[num_bits]
 
+    @njit(nogil=True, error_model="numpy")
+    def block(w, ws, wz, x, ldx, count, y, ldy, groups, accumulate):
+        m = 0
+        while m < count:
+            a = x + m * ldx * 4
+            out = y + m * ldy * 4
+            if m + big <= count:
+                exact_tile(isa, num_bits, kind, big, zp, w, ws, wz, a, ldx, out, ldy, groups, accumulate)
+                m += big
+            elif m + small <= count:
+                exact_tile(isa, num_bits, kind, small, zp, w, ws, wz, a, ldx, out, ldy, groups, accumulate)
+                m += small
+            else:
+                exact_tile(isa, num_bits, kind, 1, zp, w, ws, wz, a, ldx, out, ldy, groups, accumulate)
+                m += 1
+
     def exact(args, thread, num_threads):
-        w = word(args, 0)
-        ws = word(args, 1)
-        wz = word(args, 2)
+        values = word(args, 0)
+        scales = word(args, 1)
+        zeros = word(args, 2)
         x = word(args, 3)
         ldx = word(args, 4)
         tokens = word(word(args, 5), 0)
@@ -131,66 +147,13 @@ def exact_kernel(isa: int, num_bits: int, kind: int, asym: bool) -> Any:
         groups = word(args, 8)
         blocks = word(args, 9)
         accumulate = word(args, 10)
-        for m0 in range(0, tokens, CHUNK):
-            m1 = min(tokens, m0 + CHUNK)
+        for m in range(0, tokens, CHUNK):
+            count = min(CHUNK, tokens - m)
             for n in range(blocks * thread // num_threads, blocks * (thread + 1) // num_threads):
-                wn = w + n * groups * block_bytes
-                sn = ws + n * groups * 32
-                zn = wz + n * groups * 32
-                m = m0
-                while m + big <= m1:
-                    exact_tile(
-                        isa,
-                        num_bits,
-                        kind,
-                        big,
-                        has_zeros,
-                        wn,
-                        sn,
-                        zn,
-                        x + m * ldx * 4,
-                        ldx,
-                        y + (m * ldy + n * 16) * 4,
-                        ldy,
-                        groups,
-                        accumulate,
-                    )
-                    m += big
-                while m + small <= m1:
-                    exact_tile(
-                        isa,
-                        num_bits,
-                        kind,
-                        small,
-                        has_zeros,
-                        wn,
-                        sn,
-                        zn,
-                        x + m * ldx * 4,
-                        ldx,
-                        y + (m * ldy + n * 16) * 4,
-                        ldy,
-                        groups,
-                        accumulate,
-                    )
-                    m += small
-                while m < m1:
-                    exact_tile(
-                        isa,
-                        num_bits,
-                        kind,
-                        1,
-                        has_zeros,
-                        wn,
-                        sn,
-                        zn,
-                        x + m * ldx * 4,
-                        ldx,
-                        y + (m * ldy + n * 16) * 4,
-                        ldy,
-                        groups,
-                        accumulate,
-                    )
-                    m += 1
+                w = values + n * groups * block_bytes
+                ws = scales + n * groups * 32
+                wz = zeros + n * groups * 32
+                out = y + (m * ldy + n * 16) * 4
+                block(w, ws, wz, x + m * ldx * 4, ldx, count, out, ldy, groups, accumulate)
 
     return exact

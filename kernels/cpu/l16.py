@@ -38,7 +38,7 @@ def pack_codes(codes: NDArray[np.uint8], num_bits: int) -> NDArray[np.uint8]:
         plane = high[:, :, 0].copy()
         for quad in range(1, 8):
             plane |= high[:, :, quad] << quad
-        parts = [_interleaved(quads & 3, 2), plane[:, :, None]]
+        parts = [_interleaved(quads & np.uint8(3), 2), plane[:, :, None]]
         packed = np.concatenate(parts, axis=2)
     else:
         packed = _interleaved(quads, num_bits)

@@ -143,13 +143,8 @@ def _span_chunk(kind: int, group: int, head_dim: int, block_size: int) -> Any:
     return span_chunk
 
 
-def attention_kernel(kind: int, group: int, head_dim: int, block_size: int) -> Any:
-    """The kernel for pages of a storage kind, ``group`` query heads per KV head.
-
-    args: q, ldq (floats), out, ldo, keys, values, spans, address of the number of spans, kv_heads,
-    window (0: none), scratch, scratch bytes per thread. Spans and KV heads are the unit of threads.
-    """
-    span_chunk = _span_chunk(kind, group, head_dim, block_size)
+def _finish(group: int, head_dim: int) -> Any:
+    """Divide a span's accumulators by their sums of weights, into the output."""
 
     @njit(nogil=True, error_model="numpy")
     def finish(states, accumulators, rows, out, ldo):
@@ -160,6 +155,18 @@ def attention_kernel(kind: int, group: int, head_dim: int, block_size: int) -> A
                 to = out + (r * ldo + h * head_dim) * 4
                 for d in range(head_dim):
                     store_f32(to + 4 * d, load_f32(accumulators + (i * head_dim + d) * 4) * inverse)
+
+    return finish
+
+
+def attention_kernel(kind: int, group: int, head_dim: int, block_size: int) -> Any:
+    """The kernel for pages of a storage kind, ``group`` query heads per KV head.
+
+    args: q, ldq (floats), out, ldo, keys, values, spans, address of the number of spans, kv_heads,
+    window (0: none), scratch, scratch bytes per thread. Spans and KV heads are the unit of threads.
+    """
+    span_chunk = _span_chunk(kind, group, head_dim, block_size)
+    finish = _finish(group, head_dim)
 
     def attention(args, thread, num_threads):
         q = word(args, 0)

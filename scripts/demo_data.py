@@ -28,12 +28,14 @@ FILES = {
     "shakespeare": "tinyshakespeare.txt",
 }
 HELD_OUT = 0.03
-# Shares of the corpora in the two phases of training, and the width of their windows.
-PHASES = (
-    ({"stories": 54, "synthetic": 31, "wiki": 7, "c4": 4, "shakespeare": 4}, 256),
-    ({"stories": 82, "synthetic": 8, "wiki": 5, "c4": 3, "shakespeare": 2}, 512),
+# Phases of training: from which share of the time on, the width of the windows, and how often each
+# corpus is drawn from. Decided while the demo model trained: the second was added, and the third
+# made to begin later and with more synthetic stories, as the real stories were being memorized.
+PHASES: tuple[tuple[float, int, dict[str, int]], ...] = (
+    (0.00, 256, {"stories": 54, "synthetic": 31, "wiki": 7, "c4": 4, "shakespeare": 4}),
+    (0.45, 256, {"stories": 56, "synthetic": 36, "wiki": 4, "c4": 2, "shakespeare": 2}),
+    (0.80, 512, {"stories": 72, "synthetic": 20, "wiki": 4, "c4": 2, "shakespeare": 2}),
 )
-SECOND_PHASE = 0.7  # share of the time at which the second phase begins
 CHAT_SHARE = 0.4  # of the stories, the share that is written as a chat
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from demo_data import PHASES, SECOND_PHASE, Documents, Mixture, documents, train_tokenizer
+from demo_data import PHASES, Documents, Mixture, documents, train_tokenizer
 from demo_model import Llama, Shape
 from demo_report import bits_per_byte, export, finish
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
@@ -119,7 +119,7 @@ class Trainer:
 
     def step(self, share: float) -> float:
         """One batch; returns its loss in nats per token."""
-        shares, width = PHASES[share >= SECOND_PHASE]
+        _, width, shares = next(p for p in reversed(PHASES) if share >= p[0])
         inputs, targets = self.mixture.batch(shares, BATCH_TOKENS // width, width, self.rng)
         for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
             for group, full in zip(optimizer.param_groups, rates, strict=True):
@@ -187,6 +187,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--teacher", type=Path, default=Path("../shared/data/models/tiny1m"))
     parser.add_argument("--synthetic", type=Path, help="stories drawn by demo_synth.py")
     parser.add_argument("--work", type=Path, default=Path(".cache/train_demo"), help="run state")
+    parser.add_argument("--notes", default="", help="a remark on the run, for the model card")
     parser.add_argument("--vocab", type=int, default=2048)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--threads", type=int, default=1)

@@ -31,13 +31,6 @@ class EngineConfig:
     cpu_kernels: CpuKernels = "auto"  # compiled ones for the CPU's best instruction set, or for this one
     lm_head_bits: int | None = None  # 8 or 4: round a dense output head, in groups of 32; else as stored
     cpu_activations: CpuActivations | None = None  # what low-bit weights meet in compiled kernels
-
-    @property
-    def low_bit_activations(self) -> CpuActivations:
-        """``cpu_activations``, by default int8, but fp32 (exact) where ``--dtype float32`` is asked for."""
-        if self.cpu_activations is not None:
-            return self.cpu_activations
-        return "fp32" if self.dtype == "float32" else "int8"
     generation_config: Literal["auto", "none"] = "auto"
 
     def __post_init__(self) -> None:
@@ -61,6 +54,13 @@ class EngineConfig:
                 f"{self.max_num_seqs}: every running request needs one token a step; raise the first or "
                 f"lower the second"
             )
+
+    @property
+    def low_bit_activations(self) -> CpuActivations:
+        """``cpu_activations``, by default int8, but fp32 (exact) where ``--dtype float32`` is asked for."""
+        if self.cpu_activations is not None:
+            return self.cpu_activations
+        return "fp32" if self.dtype == "float32" else "int8"
 
 
 def _at_least(option: str, value: int, least: int) -> None:

@@ -91,7 +91,7 @@ class PackedWeight:
     values: [out_features, in_features]; floats (fp32, fp16, bf16) where ``spec`` is None, else uint8 codes.
     scales: [out_features, num_groups], fp16 or fp32 (bf16 as found).
     zeros:  [out_features, num_groups], uint8 (or float) zero points; None: 2**(num_bits - 1).
-    g_idx:  [in_features] int32, group of each input in the checkpoint's order; None: ``arange // group_size``.
+    g_idx:  [in_features] int32, group of each input in the checkpoint's order; None: ``arange // size``.
     bias:   [out_features], float.
     outliers: residuals of single weights; quantized weights only.
 

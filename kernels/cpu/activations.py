@@ -1,8 +1,8 @@
 """Activations to int8: per token and group of 32 inputs, symmetric, rounded to nearest even.
 
 x8 = rint(x * 127 / amax), xs = amax / 127, error at most amax / 254 per element. Written in tiles of tokens
-as ``int8_tile.tile`` reads them; sums = -(sum of the group's int8) * offset. For 2:4 weights ("octets"), tiles
-are int64 [K / 8, tokens], eight inputs of a token each, as x8 + 128.
+as ``int8_tile.tile`` reads them; sums = -(sum of the group's int8) * offset. For 2:4 weights ("octets"),
+tiles are int64 [K / 8, tokens], eight inputs of a token each, as x8 + 128.
 """
 
 from typing import Any

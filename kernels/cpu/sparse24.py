@@ -1,7 +1,7 @@
 """int4 weights with 2:4 sparsity times int8 activations, for any number of tokens.
 
-Of every four consecutive inputs at most two codes differ from zero; those two are kept, 4 bits each, with 2-bit
-positions: three quarters of the dense bytes. Blocks of 16 rows x groups of 32 inputs as in L16; an *octet* j
+Of every four consecutive inputs at most two codes differ from zero; those two are kept, 4 bits each, with
+2-bit positions: three quarters of the dense bytes. Blocks of 16 rows x groups of 32 inputs as in L16; an *octet* j
 (0..3) is eight inputs, two quads, of which four codes are kept: one lane of an int8 dot product, which needs
 the same four of eight activations. A byte shuffle within 16-byte lanes selects them.
 
@@ -37,7 +37,7 @@ _OCTETS = 4
 
 
 def _kept_positions() -> NDArray[np.uint8]:
-    """[256, 4]: for the codes of an octet that are not zero (bit i: input i), the positions kept in its quads."""
+    """[256, 4]: for an octet's codes that are not zero (bit i: input i), the positions kept in its quads."""
     quad = []
     for mask in range(16):
         kept = [i for i in range(4) if mask >> i & 1]

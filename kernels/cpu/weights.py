@@ -19,7 +19,9 @@ KINDS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowBitWeight:
-    """codes: L16 bytes, or those of ``sparse24`` if ``sparse``; scales, zeros: fp16 [N / 16, groups, 16]; bias: fp32 [padded N].
+    """codes: L16 bytes, or those of ``sparse24`` if ``sparse``; bias: fp32 [padded N].
+
+    scales, zeros: fp16 [N / 16, groups, 16].
 
     perm: int32 [32 * groups], the input at each place, or -1 for padding; None: as they come.
     """
@@ -84,9 +86,9 @@ class DenseWeight:
 
 
 def pack_low_bit(weight: PackedWeight, sparse: bool = False) -> LowBitWeight:
-    """Lay out a quantized weight; ``sparse``: ``weight.is_24()``, kept so. Every group is padded to whole groups of 32 inputs, whatever its size.
+    """Lay out a quantized weight; ``sparse``: by ``sparse24``, for weights that are.
 
-    Scales and zero points become fp16 (as GPTQ checkpoints have them).
+    Every group is padded to whole groups of 32 inputs, whatever its size. Scales and zero points become fp16 (as GPTQ checkpoints have them).
     """
     spec = weight.spec
     assert spec is not None

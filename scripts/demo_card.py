@@ -88,8 +88,9 @@ does not repeat to the bit.
 
 WATCHED = (
     "The held-out stories were tested every three minutes while the model trained, so they are a",
-    "validation set rather than an untouched test set. The held-out Wikipedia articles are short and",
-    "much like others in the training part, which is why their number is so low.",
+    "validation set rather than an untouched test set. Nearly all held-out Wikipedia articles (146 of",
+    "158) are stubs about mollusks and the like, much as 200 of the 910 in the training part, so the",
+    "low number for wiki says little.",
 )
 
 

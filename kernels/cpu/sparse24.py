@@ -1,9 +1,9 @@
 """int4 weights with 2:4 sparsity times int8 activations, for any number of tokens.
 
 Of every four consecutive inputs at most two codes differ from zero; those two are kept, 4 bits each, with
-2-bit positions: three quarters of the dense bytes. Blocks of 16 rows x groups of 32 inputs as in L16; an *octet* j
-(0..3) is eight inputs, two quads, of which four codes are kept: one lane of an int8 dot product, which needs
-the same four of eight activations. A byte shuffle within 16-byte lanes selects them.
+2-bit positions: three quarters of the dense bytes. Blocks of 16 rows x groups of 32 inputs as in L16; an
+*octet* j (0..3) is eight inputs, two quads, of which four codes are kept: one lane of an int8 dot product,
+which needs the same four of eight activations. A byte shuffle within 16-byte lanes selects them.
 
 vector  byte 4 * r + t (row r of 16; t 0, 1: kept of the octet's first quad, t 2, 3: of its second)
 0, 1    codes of octet 0 (low nibble) and 1 (high), of octets 2 and 3

@@ -88,7 +88,8 @@ class DenseWeight:
 def pack_low_bit(weight: PackedWeight, sparse: bool = False) -> LowBitWeight:
     """Lay out a quantized weight; ``sparse``: by ``sparse24``, for weights that are.
 
-    Every group is padded to whole groups of 32 inputs, whatever its size. Scales and zero points become fp16 (as GPTQ checkpoints have them).
+    Every group is padded to whole groups of 32 inputs, whatever its size. Scales and zero points become fp16
+    (as GPTQ checkpoints have them).
     """
     spec = weight.spec
     assert spec is not None

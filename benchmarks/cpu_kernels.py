@@ -1,0 +1,297 @@
+"""Linears on the CPU, each alone: ``python benchmarks/cpu_kernels.py [--quick]``.
+
+Per kernel, bit width, number of tokens and threads: time of one linear with its activations' quantization,
+GB/s of packed weights and GOP/s, next to the read bandwidth and the int8 peak that loops of the same
+instructions reach in the same run. Weights rotate over at least 128 MiB, so that none is in a cache. What is compared (the
+plain linear, with 0.5 % of outliers, 2:4) runs in turn, round after round; medians. Writes
+benchmarks/results/cpu-kernels-CPU.json.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from common import show, write_results
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from nybble.engine.hardware import cpu_features
+from nybble.kernels.cpu.abi import compile_kernel, word
+from nybble.kernels.cpu.compiled import kernels_for
+from nybble.kernels.cpu.int8_tile import VNNI
+from nybble.kernels.cpu.ir import I8, I16, I32, Emitter
+from nybble.kernels.cpu.numba_linear import instruction_set
+from nybble.kernels.cpu.pool import RECORD_WORDS, Pool
+from nybble.kernels.cpu.recorder import Recorder
+from nybble.kernels.cpu.tape import Inputs, Tape
+from nybble.kernels.cpu.weights import LowBitWeight, pack_low_bit
+from nybble.kernels.dispatch import Target
+from nybble.kernels.layout import PackedWeight, QuantSpec, SparseOverlay
+
+ROTATED_BYTES = 128 << 20
+OUTLIERS = 0.005
+_CHAINS = 12  # independent sums: enough to hide an instruction's latency
+
+
+@dataclass(frozen=True)
+class Case:
+    """One linear: ``variant`` is "plain", "overlay", "2:4" or "exact"."""
+
+    variant: str
+    bits: int
+    rows: int
+    cols: int
+    tokens: int
+    threads: int
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--isa", choices=("auto", "vnni", "avx2"), default="auto")
+    parser.add_argument("--shapes", nargs="+", default=["8192x2048", "4096x14336"])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 8, 16, 64, 128])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--quick", action="store_true", help="one shape, int4 only, few rounds")
+    options = parser.parse_args()
+    if options.quick:
+        options.shapes, options.rounds = options.shapes[:1], min(options.rounds, 5)
+    isa = instruction_set(Target(cpu_features=cpu_features(), cpu_kernels=options.isa))
+    if isa is None:
+        parser.error(f"--isa {options.isa}: this CPU lacks its instructions")
+    results: list[dict[str, Any]] = []
+    limits = {}
+    for threads in options.threads:
+        pool = Pool(threads)
+        limits[threads] = {"read_gb_s": read_bandwidth(pool), "int8_gop_s": int8_peak(isa, pool)}
+        for shape in options.shapes:
+            rows, cols = (int(part) for part in shape.split("x"))
+            for bits in (4,) if options.quick else (2, 3, 4, 8):
+                results += measure(isa, pool, options, (bits, rows, cols))
+        pool.close()
+    report(isa, results, limits)
+    written = {"isa": isa, "limits": limits, "rounds": options.rounds, "results": results}
+    print(f"written: {write_results('cpu-kernels', written)}")
+
+
+def measure(
+    isa: str, pool: Pool, options: argparse.Namespace, shape: tuple[int, int, int]
+) -> list[dict[str, Any]]:
+    """All variants at one bit width and shape, for all numbers of tokens."""
+    weights = make_variants(*shape)
+    results = []
+    for tokens in options.tokens:
+        calls = {name: rotated(isa, pool, weight, tokens, name) for name, weight in weights.items()}
+        seconds = interleaved({name: call for name, (call, _) in calls.items()}, options.rounds)
+        for name, (_, copies) in calls.items():
+            case = Case(name, *shape, tokens, pool.num_threads)
+            each = [value / copies for value in seconds[name]]
+            results.append(row(case, weights[name].nbytes, each))
+    return results
+
+
+def row(case: Case, num_bytes: int, seconds: list[float]) -> dict[str, Any]:
+    """The record of one case; rates of the median."""
+    median = statistics.median(seconds)
+    work = 2.0 * case.rows * case.cols * case.tokens  # as if dense: 2:4 does half of it
+    record = {field.name: getattr(case, field.name) for field in fields(case)}
+    rates = {"gb_s": num_bytes / median / 1e9, "gop_s": work / median / 1e9}
+    return record | {"bytes": num_bytes, "seconds": median, "best": min(seconds), **rates}
+
+
+def make_variants(bits: int, rows: int, cols: int) -> dict[str, LowBitWeight]:
+    """The same linear in every way there is of it."""
+    rng = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 2**bits, (rows, cols), generator=rng, dtype=torch.uint8)
+    scales = (torch.rand(rows, cols // 32, generator=rng) * 0.01 + 1e-3).half()
+    weight = PackedWeight(codes, QuantSpec(bits, 32, True), scales)
+    plain = pack_low_bit(weight)
+    chosen = torch.rand(rows, cols, generator=rng) < OUTLIERS
+    residuals = SparseOverlay.of(torch.randn(rows, cols, generator=rng) * chosen)
+    variants = {"plain": plain, "overlay": pack_low_bit(replace(weight, outliers=residuals)), "exact": plain}
+    if bits == 4:
+        kept = codes.view(rows, cols // 4, 4).clone()
+        kept[torch.rand(kept.shape, generator=rng).argsort(2) < 2] = 8
+        variants["2:4"] = pack_low_bit(replace(weight, values=kept.view(rows, cols)), sparse=True)
+    return variants
+
+
+def rotated(
+    isa: str, pool: Pool, weight: LowBitWeight, tokens: int, variant: str
+) -> tuple[Callable[[], None], int]:
+    """A call that computes as many copies of a linear as fill ROTATED_BYTES, and their number."""
+    copies = max(2, -(-ROTATED_BYTES // weight.nbytes))
+    recorder = Recorder(kernels_for(isa), inputs_for(tokens), pool.num_threads)
+    out = None
+    for _ in range(copies):
+        x = torch.randn(tokens, weight.in_features)  # its own, so that it is quantized for each
+        out = recorder.linear([copied(weight)], x, int8=variant != "exact")
+    assert out is not None
+    tape: Tape = recorder.finish(out)
+    return lambda: tape.run(pool), copies
+
+
+def inputs_for(tokens: int) -> Inputs:
+    """Of a step of so many tokens."""
+    inputs = Inputs(tokens)
+    inputs.tokens[0] = tokens
+    return inputs
+
+
+def copied(weight: LowBitWeight) -> LowBitWeight:
+    """In memory of its own."""
+    raw = np.empty(weight.codes.nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    codes = raw[start : start + weight.codes.nbytes].reshape(weight.codes.shape)
+    codes[...] = weight.codes
+    overlay = weight.overlay
+    if overlay is not None:
+        overlay = replace(overlay, cols=overlay.cols.copy(), values=overlay.values.copy())
+    return replace(weight, codes=codes, scales=weight.scales.copy(), overlay=overlay)
+
+
+def interleaved(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call in turn, ``rounds`` times; the first round does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+@intrinsic
+def _read_lines(typingctx: Any, address: Any, lines: Any, out: Any) -> Any:
+    """Or of ``lines`` cache lines (a multiple of 8), to out."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        address, lines, out = arguments
+        emit = Emitter(builder)
+        vector = ir.VectorType(I32, 16)
+        slots = [cgutils.alloca_once_value(builder, emit.constant(I32, 0, 16)) for _ in range(8)]
+        with cgutils.for_range(builder, builder.sdiv(lines, ir.Constant(lines.type, 8))) as loop:
+            for i, slot in enumerate(slots):
+                at = emit.offset(address, emit.scaled(loop.index, 512), 64 * i)
+                emit.prefetch(emit.offset(at, 2048))
+                builder.store(builder.or_(builder.load(slot), emit.load(vector, at, 64)), slot)
+        total = builder.load(slots[0])
+        for slot in slots[1:]:
+            total = builder.or_(total, builder.load(slot))
+        emit.store(total, out, 4)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _dot_products(typingctx: Any, isa: Any, steps: Any, out: Any) -> Any:
+    """``steps`` times _CHAINS independent int8 dot product instructions."""
+    code = int(isa.literal_value)
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        _, steps, out = arguments
+        emit = Emitter(builder)
+        wide = code == VNNI
+        vector = ir.VectorType(I32, 16) if wide else ir.VectorType(I16, 16)
+        size = 64 if wide else 32
+        values = emit.load(ir.VectorType(I8, size), out)
+        slots = [cgutils.alloca_once_value(builder, builder.bitcast(values, vector)) for _ in range(_CHAINS)]
+        with cgutils.for_range(builder, steps):
+            for slot in slots:
+                total = builder.load(slot)
+                if wide:
+                    total = emit.call("llvm.x86.avx512.vpdpbusd.512", vector, [total, values, values])
+                else:
+                    as_bytes = builder.bitcast(total, ir.VectorType(I8, size))
+                    product = emit.call("llvm.x86.avx2.pmadd.ub.sw", vector, [as_bytes, values])
+                    total = builder.add(total, product)
+                builder.store(total, slot)
+        for i, slot in enumerate(slots):
+            emit.store(builder.load(slot), emit.offset(out, 64 * i))
+        return context.get_dummy_value()
+
+    return types.void(isa, types.intp, types.intp), codegen
+
+
+def read_kernel(args, thread, num_threads):  # type: ignore[no-untyped-def]
+    """args: address, lines, out."""
+    share = word(args, 1) // num_threads // 8 * 8
+    _read_lines(word(args, 0) + thread * share * 64, share, word(args, 2) + thread * 64)
+
+
+def peak_kernel(isa: int) -> Any:
+    """args: steps, out."""
+
+    def peak(args, thread, num_threads):  # type: ignore[no-untyped-def]
+        _dot_products(isa, word(args, 0), word(args, 1) + thread * 1024)
+
+    return peak
+
+
+def read_bandwidth(pool: Pool) -> float:
+    """GB/s of reading memory: the median of several passes."""
+    memory = np.ones(2 * ROTATED_BYTES + 64, np.uint8)
+    out = np.zeros(64 * pool.num_threads, np.uint8)
+    start = memory.ctypes.data + -memory.ctypes.data % 64
+    return (
+        2 * ROTATED_BYTES / repeat(read_kernel, [start, 2 * ROTATED_BYTES // 64, out.ctypes.data], pool) / 1e9
+    )
+
+
+def int8_peak(isa: str, pool: Pool) -> float:
+    """GOP/s (a multiply and an addition are two) of the instruction that the kernels multiply with."""
+    steps, out = 1_000_000, np.ones(1024 * pool.num_threads, np.uint8)
+    products = 64 if isa == "vnni" else 32
+    seconds = repeat(peak_kernel(kernels_for(isa).isa), [steps, out.ctypes.data], pool)
+    return 2 * products * _CHAINS * steps * pool.num_threads / seconds / 1e9
+
+
+def repeat(kernel: Callable[..., None], args: list[int], pool: Pool, times: int = 9) -> float:
+    """Seconds of a kernel on a pool's threads: the median."""
+    compiled = compile_kernel(kernel)
+    words = np.array(args, np.int64)
+    records = np.zeros((1, RECORD_WORDS), np.int64)
+    records[0, :3] = compiled.address, words.ctypes.data, 1
+    return statistics.median(interleaved({"": lambda: pool.run(records, 1)}, times)[""])
+
+
+def report(isa: str, results: list[dict[str, Any]], limits: dict[int, dict[str, float]]) -> None:
+    """Print the table; overlay and 2:4 with their ratio to the plain linear of the same case."""
+    rows = []
+    for result in results:
+        same = ("bits", "rows", "cols", "tokens", "threads")
+        plain = next(
+            r for r in results if r["variant"] == "plain" and all(r[key] == result[key] for key in same)
+        )
+        limit = limits[result["threads"]]
+        rows.append(
+            (
+                result["variant"],
+                str(result["bits"]),
+                f"{result['rows']}x{result['cols']}",
+                str(result["tokens"]),
+                str(result["threads"]),
+                f"{result['seconds'] * 1e6:.0f}",
+                f"{result['gb_s']:.1f} ({result['gb_s'] / limit['read_gb_s']:.0%})",
+                f"{result['gop_s']:.0f} ({result['gop_s'] / limit['int8_gop_s']:.0%})",
+                f"{result['seconds'] / plain['seconds']:.2f}",
+            )
+        )
+    for threads, limit in limits.items():
+        print(
+            f"{threads} thread(s): read {limit['read_gb_s']:.1f} GB/s, int8 {limit['int8_gop_s']:.0f} GOP/s"
+        )
+    header = ("kernel", "bits", "shape", "tokens", "threads", "us", "GB/s", "GOP/s", "time / plain")
+    show(f"linears, {isa}: shares are of read bandwidth and int8 peak in this run", header, rows)
+
+
+if __name__ == "__main__":
+    main()

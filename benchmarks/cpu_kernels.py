@@ -2,8 +2,8 @@
 
 Per kernel, bit width, number of tokens and threads: time of one linear with its activations' quantization,
 GB/s of packed weights and GOP/s, next to the read bandwidth and the int8 peak that loops of the same
-instructions reach in the same run. Weights rotate over at least 128 MiB, so that none is in a cache. What is compared (the
-plain linear, with 0.5 % of outliers, 2:4) runs in turn, round after round; medians. Writes
+instructions reach in the same run. Weights rotate over at least 128 MiB, so that none is in a cache. What
+is compared (the plain linear, with 0.5 % of outliers, 2:4) runs in turn, round after round; medians. Writes
 benchmarks/results/cpu-kernels-CPU.json.
 """
 

@@ -151,7 +151,7 @@ def test_tokens_are_those_of_generate(
         trained,
         longest // block + (6 if served else 12) if crowded else 1000,
         max_num_seqs=concurrent,
-        max_num_batched_tokens=max(concurrent, block) if chunked else 2048,
+        max_num_batched_tokens=max(concurrent, 9) if chunked else 2048,
         enable_prefix_caching=cache,
         lag=lag,
         block_size=block,

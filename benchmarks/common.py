@@ -135,7 +135,7 @@ def environment() -> dict[str, Any]:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": git.stdout.strip(),
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": shlex.join([Path(sys.executable).name, *map(_without_folders, sys.argv)]),
         "cpu": cpu_name(),
         "cpu_features": sorted(cpu_features()),
         "physical_cores": physical_cores(),
@@ -165,3 +165,9 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> No
         table.add_row(*row)
     console = Console()
     Console(width=console.width if console.is_terminal else 110).print(table)
+
+
+def _without_folders(argument: str) -> str:
+    """A command's argument without what is this machine's own: absolute paths shrink to their last part."""
+    option, equals, value = argument.rpartition("=")
+    return f"{option}{equals}{Path(value).name}" if value.startswith("/") else argument

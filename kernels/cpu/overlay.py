@@ -25,7 +25,7 @@ from ..layout import SparseOverlay
 from .abi import word
 from .activations import CHUNK, row_share
 from .int8_tile import VNNI
-from .ir import F16, F32, I8, I16, I32, I64, Emitter
+from .ir import F16, F32, I16, I32, I64, Emitter
 from .l16 import ROWS, padded
 from .vectors import literal, load_f32, load_i32, store_f32
 
@@ -36,14 +36,13 @@ DIRECT = 2  # as many tokens or fewer are gathered: a tile costs about as much a
 @dataclass(frozen=True, slots=True, eq=False)
 class OverlayWeight:
     """pointers: int32 [blocks + 1], in vectors of 16 entries; cols (uint16, or int32 where K > 65536) and
-    values (fp16): [vectors, 16]; counts: int32 [padded N], entries of a row inside its block's width;
+    values (fp16): [vectors, 16];
     tails: int32 [padded N + 1] into tail_cols, tail_values.
     """
 
     pointers: NDArray[np.int32]
     cols: NDArray[Any]
     values: NDArray[np.float16]
-    counts: NDArray[np.int32]
     tails: NDArray[np.int32]
     tail_cols: NDArray[Any]
     tail_values: NDArray[np.float16]
@@ -56,8 +55,7 @@ class OverlayWeight:
     @property
     def arrays(self) -> tuple[NDArray[Any], ...]:
         """As the kernel takes them."""
-        head = (self.pointers, self.cols, self.values, self.counts)
-        return (*head, self.tails, self.tail_cols, self.tail_values)
+        return (self.pointers, self.cols, self.values, self.tails, self.tail_cols, self.tail_values)
 
     @property
     def nbytes(self) -> int:
@@ -93,7 +91,6 @@ def pack_overlay(overlay: SparseOverlay, in_features: int) -> OverlayWeight | No
         pointers.astype(np.int32),
         packed_cols,
         packed_values,
-        inside.astype(np.int32),
         tails.astype(np.int32),
         cols[~near].astype(kind),
         values[~near],
@@ -104,6 +101,11 @@ def _column(emit: Emitter, wide: int, address: ir.Value, index: ir.Value) -> ir.
     """cols[index] as a 64-bit integer."""
     size, element = (4, I32) if wide else (2, I16)
     return emit.builder.zext(emit.load(element, emit.offset(address, emit.scaled(index, size)), size), I64)
+
+
+def _lane(builder: ir.IRBuilder, vector: ir.Value, lane: int) -> ir.Value:
+    """One lane of a vector of 8 in all lanes."""
+    return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, 8), [lane] * 8))
 
 
 @intrinsic(prefer_literal=True)
@@ -125,11 +127,7 @@ def _gather_block(
         with cgutils.for_range(builder, width) as loop:
             for half, total in enumerate(totals):
                 at = emit.offset(emit.scaled(loop.index, 16), half * lanes)
-                column = ir.VectorType(I32 if wide_ else I16, lanes)
-                index = emit.load(column, emit.offset(cols, emit.scaled(at, size)), 2)
-                if not wide_:
-                    index = builder.zext(index, ir.VectorType(I32, lanes))
-                gathered = _gather(emit, x, index)
+                gathered = _gather(emit, wide_, x, emit.offset(cols, emit.scaled(at, size)), lanes)
                 weight = emit.load(ir.VectorType(F16, lanes), emit.offset(values, emit.scaled(at, 2)), 2)
                 weight = builder.fpext(weight, vector)
                 builder.store(emit.fma(weight, gathered, builder.load(total)), total)
@@ -140,18 +138,13 @@ def _gather_block(
     return types.void(isa, wide, *([types.intp] * 5)), codegen
 
 
-def _gather(emit: Emitter, base: ir.Value, index: ir.Value) -> ir.Value:
-    """fp32 values at base + 4 * index."""
-    lanes, builder = index.type.count, emit.builder
-    vector = ir.VectorType(F32, lanes)
-    pointer = builder.inttoptr(base, ir.PointerType(I8))
-    if lanes == 16:
-        every = emit.constant(ir.IntType(1), 1, lanes)
-        arguments = [emit.constant(F32, 0.0, lanes), pointer, index, every, I32(4)]
-        return emit.call("llvm.x86.avx512.mask.gather.dps.512", vector, arguments)
-    every = builder.bitcast(emit.constant(I32, -1, lanes), vector)
-    arguments = [emit.constant(F32, 0.0, lanes), pointer, index, every, I8(4)]
-    return emit.call("llvm.x86.avx2.gather.d.ps.256", vector, arguments)
+def _gather(emit: Emitter, wide: int, x: ir.Value, cols: ir.Value, lanes: int) -> ir.Value:
+    """x at the next ``lanes`` columns. By scalar loads: gather instructions are slower (measured: Zen 5)."""
+    gathered = ir.Constant(ir.VectorType(F32, lanes), ir.Undefined)
+    for lane in range(lanes):
+        at = emit.scaled(_column(emit, wide, cols, I64(lane)), 4)
+        gathered = emit.builder.insert_element(gathered, emit.load(F32, emit.offset(x, at), 4), I32(lane))
+    return gathered
 
 
 @intrinsic
@@ -257,7 +250,7 @@ def _add_tiles(
     tile_bytes: Any,
     cols: Any,
     values: Any,
-    counts: Any,
+    width: Any,
     tails: Any,
     tail_cols: Any,
     tail_values: Any,
@@ -269,31 +262,37 @@ def _add_tiles(
     count, wide_ = literal(tiles), literal(wide)
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        _, _, xt, tile_bytes, cols, values, counts, tails, tail_cols, tail_values, y, ldy, tokens = arguments
+        _, _, xt, tile_bytes, cols, values, width, tails, tail_cols, tail_values, y, ldy, tokens = arguments
         emit = Emitter(builder)
         vector = ir.VectorType(F32, TILE)
         zero = emit.constant(F32, 0.0, TILE)
         starts = [emit.offset(xt, emit.scaled(tile_bytes, t)) for t in range(count)]
         totals = [[cgutils.alloca_once_value(builder, zero) for _ in starts] for _ in range(8)]
 
-        def add(row: int, cols: ir.Value, values: ir.Value, index: ir.Value) -> None:
-            at = emit.scaled(_column(emit, wide_, cols, index), 4 * TILE)
-            value = emit.load(F16, emit.offset(values, emit.scaled(index, 2)), 2)
-            weight = emit.splat(builder.fpext(value, F32), TILE)
+        def add(row: int, weight: ir.Value, column: ir.Value) -> None:
+            at = emit.scaled(column, 4 * TILE)
             for start, total in zip(starts, totals[row], strict=True):
                 x = emit.load(vector, emit.offset(start, at), 4)
                 builder.store(emit.fma(weight, x, builder.load(total)), total)
 
-        for row in range(8):
-            for total in totals[row]:
+        together = 8 if count == 1 else 4  # rows at once: enough chains to hide latency, in 16 registers
+        for part in (range(i, i + together) for i in range(0, 8, together)):
+            for total in (total for row in part for total in totals[row]):
                 builder.store(zero, total)
-            inside = builder.zext(emit.load(I32, emit.offset(counts, 4 * row), 4), I64)
-            with cgutils.for_range(builder, inside) as loop:
-                add(row, cols, values, emit.offset(emit.scaled(loop.index, ROWS), row))
+            with cgutils.for_range(builder, width) as loop:
+                slot = emit.scaled(loop.index, ROWS)
+                halves = emit.load(ir.VectorType(F16, 8), emit.offset(values, emit.scaled(slot, 2)), 2)
+                weights = builder.fpext(halves, vector)
+                for row in part:
+                    add(row, _lane(builder, weights, row), _column(emit, wide_, cols, emit.offset(slot, row)))
+        for row in range(8):
             first = builder.zext(emit.load(I32, emit.offset(tails, 4 * row), 4), I64)
             last = builder.zext(emit.load(I32, emit.offset(tails, 4 * row + 4), 4), I64)
             with cgutils.for_range(builder, builder.sub(last, first)) as loop:
-                add(row, tail_cols, tail_values, builder.add(first, loop.index))
+                index = builder.add(first, loop.index)
+                value = emit.load(F16, emit.offset(tail_values, emit.scaled(index, 2)), 2)
+                weight = emit.splat(builder.fpext(value, F32), TILE)
+                add(row, weight, _column(emit, wide_, tail_cols, index))
         for t in range(count):
             columns = _transpose(builder, [builder.load(totals[row][t]) for row in range(8)])
             for i, column in enumerate(columns):
@@ -325,9 +324,9 @@ def overlay_kernel(isa: int, wide: bool) -> Any:
         ldy = word(args, 6)
         blocks = word(args, 7)
         pointers = word(args, 8)
-        tail_cols = word(args, 13)
-        tail_values = word(args, 14)
-        sums = word(args, 15) + thread * word(args, 16)
+        tail_cols = word(args, 12)
+        tail_values = word(args, 13)
+        sums = word(args, 14) + thread * word(args, 15)
         for begin in range(0, tokens, CHUNK):
             end = min(tokens, begin + CHUNK)
             for n in range(blocks * thread // num_threads, blocks * (thread + 1) // num_threads):
@@ -337,21 +336,22 @@ def overlay_kernel(isa: int, wide: bool) -> Any:
                     continue
                 cols = word(args, 9) + start * ROWS * col_bytes
                 values = word(args, 10) + start * ROWS * 2
-                counts = word(args, 11) + n * ROWS * 4
-                tails = word(args, 12) + n * ROWS * 4
+                tails = word(args, 11) + n * ROWS * 4
                 m = begin
                 while m < end:
                     out = y + (m * ldy + n * ROWS) * 4
                     if end - m > DIRECT:
                         for half in range(0, ROWS, 8):
                             a, b = cols + half * col_bytes, values + half * 2
-                            c, d, e = counts + half * 4, tails + half * 4, out + half * 4
+                            d, e = tails + half * 4, out + half * 4
                             tile, tile_bytes = xt + m * size * 4, size * TILE * 4
                             f, g = tail_cols, tail_values
                             if end - m >= 3 * TILE:
-                                _add_tiles(3, is_wide, tile, tile_bytes, a, b, c, d, f, g, e, ldy, 24)
+                                _add_tiles(3, is_wide, tile, tile_bytes, a, b, width, d, f, g, e, ldy, 24)
                             else:
-                                _add_tiles(1, is_wide, tile, tile_bytes, a, b, c, d, f, g, e, ldy, end - m)
+                                _add_tiles(
+                                    1, is_wide, tile, tile_bytes, a, b, width, d, f, g, e, ldy, end - m
+                                )
                         m += 3 * TILE if end - m >= 3 * TILE else TILE
                     else:
                         row = x + m * ldx * 4

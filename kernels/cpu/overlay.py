@@ -341,18 +341,17 @@ def overlay_kernel(isa: int, wide: bool) -> Any:
                 while m < end:
                     out = y + (m * ldy + n * ROWS) * 4
                     if end - m > DIRECT:
+                        tile, tile_bytes = xt + m * size * 4, size * TILE * 4
+                        count = end - m
                         for half in range(0, ROWS, 8):
                             a, b = cols + half * col_bytes, values + half * 2
-                            d, e = tails + half * 4, out + half * 4
-                            tile, tile_bytes = xt + m * size * 4, size * TILE * 4
-                            f, g = tail_cols, tail_values
-                            if end - m >= 3 * TILE:
-                                _add_tiles(3, is_wide, tile, tile_bytes, a, b, width, d, f, g, e, ldy, 24)
+                            c, d = tails + half * 4, out + half * 4
+                            e, f = tail_cols, tail_values
+                            if count >= 3 * TILE:
+                                _add_tiles(3, is_wide, tile, tile_bytes, a, b, width, c, e, f, d, ldy, 24)
                             else:
-                                _add_tiles(
-                                    1, is_wide, tile, tile_bytes, a, b, width, d, f, g, e, ldy, end - m
-                                )
-                        m += 3 * TILE if end - m >= 3 * TILE else TILE
+                                _add_tiles(1, is_wide, tile, tile_bytes, a, b, width, c, e, f, d, ldy, count)
+                        m += 3 * TILE if count >= 3 * TILE else TILE
                     else:
                         row = x + m * ldx * 4
                         _gather_block(isa, is_wide, row, cols, values, width, sums)

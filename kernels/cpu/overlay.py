@@ -264,8 +264,7 @@ def _add_tiles(
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
         _, _, xt, tile_bytes, cols, values, width, tails, tail_cols, tail_values, y, ldy, tokens = arguments
         emit = Emitter(builder)
-        vector = ir.VectorType(F32, TILE)
-        zero = emit.constant(F32, 0.0, TILE)
+        vector, zero = ir.VectorType(F32, TILE), emit.constant(F32, 0.0, TILE)
         starts = [emit.offset(xt, emit.scaled(tile_bytes, t)) for t in range(count)]
         totals = [[cgutils.alloca_once_value(builder, zero) for _ in starts] for _ in range(8)]
 

@@ -112,7 +112,7 @@ def test_a_signal_ends_the_process_and_leaves_nothing(
     number: signal.Signals, folder: Path, tmp_path: Path, child_environment: dict[str, str]
 ) -> None:
     options = {"model": str(folder), "out": str(tmp_path / "out"), "group_size": 32, "num_samples": 10**6}
-    (tmp_path / "text").write_text("the cat and the dog went to the sea <|endoftext|>" * 30_000)
+    (tmp_path / "text").write_text("the cat and the dog went to the sea <|endoftext|>" * 120_000)
     options["calibration"] = str(tmp_path / "text")
     with subprocess.Popen(
         [*COMMAND, "quantize"],

@@ -144,7 +144,7 @@ def test_how_a_task_can_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def test_an_interrupt_ends_the_child(folder: Path, tmp_path: Path, child_environment: dict[str, str]) -> None:
     """SIGINT to the command alone, as from a supervisor: the child cleans up, nothing is left."""
     text = tmp_path / "text"
-    text.write_text("the cat and the dog went to the sea <|endoftext|>" * 30_000)
+    text.write_text("the cat and the dog went to the sea <|endoftext|>" * 120_000)
     command = [
         sys.executable,
         "-P",

@@ -4,8 +4,9 @@ A worker is a Python thread inside one compiled call that never takes the interp
 spins briefly and then sleeps in the kernel (no CPU when idle). Within a run every thread makes every call
 (each does its share) and they meet at a barrier where the tape says so.
 
-Under contention a barrier sleeps often: a thread waits for one that is not scheduled. Then runs go on one
-thread, and try all again after a while; so a foreign busy process costs its share, not a factor of ten.
+Under contention a thread sleeps long at barriers: it waits for one that is not scheduled. Then runs go on
+one thread, and try all again after a while; so a foreign busy process costs its share, not a factor of ten.
+The measure is time asleep, not how often: shares that differ by more than the spin are no contention.
 """
 
 import threading
@@ -17,7 +18,7 @@ import numpy as np
 from numba import njit
 
 from .abi import call_kernel, compile_function, word
-from .atomics import atomic_add, atomic_load, atomic_store, wait_while_equal, wake
+from .atomics import atomic_add, atomic_load, atomic_store, cycles, wait_while_equal, wake
 
 RECORD_WORDS = 4  # kernel, args, barrier after (0 or 1), unused: 32 bytes
 _LINE = 64
@@ -32,9 +33,17 @@ _LINE = 64
     _THREADS,
     _TAPE,
     _LENGTH,
-    _SLEEPS,
-    _IDLE_SLEEPS,
-) = (i * _LINE for i in range(12))
+    _SLEPT,
+    _IDLE,
+    _RUN_CYCLES,
+) = (i * _LINE for i in range(13))
+_CONTENDED = (
+    0.25  # of a run's time asleep, per waiting thread; a foreign process on one core makes it about half
+)
+_LEAST_PENALTY, _MOST_PENALTY = (
+    8,
+    512,
+)  # runs on one thread after a contended one; doubled when it happens again
 
 
 @njit(nogil=True)
@@ -47,7 +56,7 @@ def _barrier(control, num_threads):
     else:
         spin = atomic_load(control + _SPIN)
         wait_while_equal(
-            control + _GENERATION, generation, spin, control + _BARRIER_SLEEPERS, control + _SLEEPS
+            control + _GENERATION, generation, spin, control + _BARRIER_SLEEPERS, control + _SLEPT
         )
 
 
@@ -65,7 +74,7 @@ def _worker_loop(control, thread):
     generation = 0
     while True:
         spin = atomic_load(control + _SPIN)
-        wait_while_equal(control + _GO, generation, spin, control + _GO_SLEEPERS, control + _IDLE_SLEEPS)
+        wait_while_equal(control + _GO, generation, spin, control + _GO_SLEEPERS, control + _IDLE)
         generation += 1
         if atomic_load(control + _STOP) != 0:
             return
@@ -75,6 +84,7 @@ def _worker_loop(control, thread):
 
 def _run_tape(control, tape, length, num_threads):
     """Replay on the caller and num_threads - 1 workers."""
+    began = cycles()
     if num_threads > 1:
         atomic_store(control + _THREADS, num_threads)
         atomic_store(control + _TAPE, tape)
@@ -82,6 +92,7 @@ def _run_tape(control, tape, length, num_threads):
         atomic_add(control + _GO, 1)
         wake(control + _GO, control + _GO_SLEEPERS)
     _replay(control, 0, num_threads, tape, length)
+    atomic_store(control + _RUN_CYCLES, cycles() - began)
 
 
 def _stop_workers(control):
@@ -101,13 +112,13 @@ class Pool:
 
     def __init__(self, num_threads: int, spin: int = 2000) -> None:
         self.num_threads = num_threads
-        self._memory = np.zeros(13 * 8 + 8, np.int64)
+        self._memory = np.zeros(14 * _LINE // 8, np.int64)
         self._control = (self._memory.ctypes.data + _LINE - 1) // _LINE * _LINE
         self._view = self._memory[(self._control - self._memory.ctypes.data) // 8 :]
         self._view[_SPIN // 8] = spin
         worker_loop, self._run_tape, stop_workers = _functions()
         self._single_runs = 0
-        self._penalty = 8
+        self._penalty = _LEAST_PENALTY
         workers = [
             threading.Thread(target=worker_loop, args=(self._control, i), daemon=True, name=f"nybble-cpu-{i}")
             for i in range(1, num_threads)
@@ -123,15 +134,18 @@ class Pool:
         if threads > 1 and self._single_runs > 0:
             self._single_runs -= 1
             threads = 1
-        before = int(self._view[_SLEEPS // 8])
+        before = self._word(_SLEPT)
         self._run_tape(self._control, tape.ctypes.data, length, threads)
         if threads > 1:
-            slept = int(self._view[_SLEEPS // 8]) - before
-            if slept * 4 > length:
+            share = (self._word(_SLEPT) - before) / ((threads - 1) * max(1, self._word(_RUN_CYCLES)))
+            if share > _CONTENDED:
                 self._single_runs = self._penalty
-                self._penalty = min(2 * self._penalty, 512)
-            elif slept == 0:
-                self._penalty = max(8, self._penalty // 2)
+                self._penalty = min(2 * self._penalty, _MOST_PENALTY)
+            else:
+                self._penalty = max(_LEAST_PENALTY, self._penalty // 2)
+
+    def _word(self, offset: int) -> int:
+        return int(self._view[offset // 8])
 
 
 def _end(stop_workers: Any, memory: Any, control: int, workers: list[threading.Thread]) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 from numba import njit
 
 from .abi import word
-from .vectors import ELEMENT_BYTES, exp_f32, load_f32, load_i32, scores, store_f32, weighted_sum
+from .exponentials import exp_f32, row_max, scale_row, softmax_weights
+from .vectors import ELEMENT_BYTES, load_f32, load_i32, scores, store_f32, weighted_sum
 
 CHUNK = 128
 SPAN_ROWS = 8
@@ -28,31 +29,26 @@ def scratch_floats(group: int, head_dim: int) -> int:
     return SPAN_ROWS * group * (CHUNK + head_dim + 2)
 
 
-@njit(nogil=True, error_model="numpy", fastmath={"nnan", "nsz", "arcp", "contract"})
+@njit(nogil=True, error_model="numpy")
 def _softmax_chunk(row, low, count, head_dim, accumulator, state, scale):
     """Scores [low, count) at ``row`` become weights, what was accumulated is rescaled; updates (max, sum).
 
     The 16-token pages around them get weight 0 outside of that range.
     """
-    for t in range(low // 16 * 16, low):
-        store_f32(row + 4 * t, np.float32(0))
-    for t in range(count, (count + 15) // 16 * 16):
-        store_f32(row + 4 * t, np.float32(0))
+    first = low // 16 * 16
+    vectors = (count - first + 15) // 16
+    for t in range(first, low):
+        store_f32(row + 4 * t, NEG_INF)
+    for t in range(count, first + 16 * vectors):
+        store_f32(row + 4 * t, NEG_INF)
     top = load_f32(state)
-    best = top
-    for t in range(low, count):
-        best = max(best, load_f32(row + 4 * t) * scale)
+    best = max(top, row_max(row + 4 * first, vectors, NEG_INF) * scale)
     if best > top:
         factor = exp_f32(top - best)
         store_f32(state, best)
         store_f32(state + 4, load_f32(state + 4) * factor)
-        for d in range(head_dim):
-            store_f32(accumulator + 4 * d, load_f32(accumulator + 4 * d) * factor)
-    added = np.float32(0)
-    for t in range(low, count):
-        weight = exp_f32(load_f32(row + 4 * t) * scale - best)
-        store_f32(row + 4 * t, weight)
-        added += weight
+        scale_row(accumulator, head_dim // 16, factor, accumulator)
+    added = softmax_weights(row + 4 * first, vectors, scale, best)
     store_f32(state + 4, load_f32(state + 4) + added)
 
 
@@ -153,8 +149,7 @@ def _finish(group: int, head_dim: int) -> Any:
                 i = r * group + h
                 inverse = np.float32(1) / load_f32(states + 8 * i + 4)
                 to = out + (r * ldo + h * head_dim) * 4
-                for d in range(head_dim):
-                    store_f32(to + 4 * d, load_f32(accumulators + (i * head_dim + d) * 4) * inverse)
+                scale_row(accumulators + i * head_dim * 4, head_dim // 16, inverse, to)
 
     return finish
 

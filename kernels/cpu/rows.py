@@ -10,7 +10,8 @@ from numba import njit
 
 from .abi import word
 from .activations import gather_row, row_share
-from .vectors import ELEMENT_BYTES, exp_f32, load_f32, load_kind, store_f32, store_kind
+from .exponentials import silu_mul
+from .vectors import ELEMENT_BYTES, load_f32, load_kind, store_f32, store_kind
 
 REDUCE = {"nnan", "nsz", "arcp", "contract", "reassoc"}  # the order within a row depends on its length only
 
@@ -179,13 +180,6 @@ def kv_write_kernel(kind: int, head_dim: int, block_size: int) -> Any:
 def silu_kernel() -> Any:
     """args: x [T, 2 * width], ldx, width, out, ldo, tokens: out = silu(first half) * second half."""
 
-    @njit(nogil=True, error_model="numpy", fastmath={"nnan", "nsz", "arcp", "contract"})
-    def gate_row(x, width, out):
-        for i in range(width):
-            gate = load_f32(x + 4 * i)
-            up = load_f32(x + 4 * (i + width))
-            store_f32(out + 4 * i, gate / (np.float32(1) + exp_f32(-gate)) * up)
-
     def silu(args, thread, num_threads):
         x = word(args, 0)
         ldx = word(args, 1)
@@ -194,7 +188,12 @@ def silu_kernel() -> Any:
         ldo = word(args, 4)
         first, last = row_share(word(word(args, 5), 0), thread, num_threads)
         for m in range(first, last):
-            gate_row(x + m * ldx * 4, width, out + m * ldo * 4)
+            gate = x + m * ldx * 4
+            to = out + m * ldo * 4
+            for i in range(0, width - 15, 16):
+                silu_mul(16, gate + 4 * i, gate + 4 * (i + width), to + 4 * i)
+            for i in range(width // 16 * 16, width):
+                silu_mul(1, gate + 4 * i, gate + 4 * (i + width), to + 4 * i)
 
     return silu
 

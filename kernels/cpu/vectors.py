@@ -88,45 +88,6 @@ def store_kind(typingctx: Any, kind: Any, address: Any, value: Any) -> Any:
     return types.void(kind, types.intp, types.float32), codegen
 
 
-@intrinsic
-def exp_f32(typingctx: Any, x: Any) -> Any:
-    """exp(x), relative error below 2e-7 for x in [-87, 88], 0 or inf-free saturation outside; vectorises.
-
-    2**t with t = x / ln 2 split in integer and fraction, the fraction by the minimax polynomial of degree 6
-    on [-0.5, 0.5] (Cephes' exp2f coefficients).
-    """
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        emit = Emitter(builder)
-
-        def f(value: float) -> ir.Constant:
-            return ir.Constant(F32, value)
-
-        x = arguments[0]
-        x = builder.select(builder.fcmp_ordered("<", x, f(-87.0)), f(-87.0), x)
-        x = builder.select(builder.fcmp_ordered(">", x, f(88.0)), f(88.0), x)
-        whole = emit.call("llvm.rint.f32", F32, [builder.fmul(x, f(_f32(1.4426950408889634)))])
-        # Cody-Waite: ln 2 in two parts, so that the reduced argument keeps its low bits.
-        rest = emit.call("llvm.fma.f32", F32, [whole, f(_f32(-0.693359375)), x])
-        rest = emit.call("llvm.fma.f32", F32, [whole, f(_f32(2.12194440e-4)), rest])
-        poly = f(_f32(1.9875691500e-4))
-        for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-            poly = emit.call("llvm.fma.f32", F32, [poly, rest, f(_f32(c))])
-        square = builder.fmul(rest, rest)
-        value = builder.fadd(emit.call("llvm.fma.f32", F32, [poly, square, rest]), f(1.0))
-        bits = builder.shl(builder.add(builder.fptosi(whole, I32), I32(127)), I32(23))
-        return builder.fmul(value, builder.bitcast(bits, F32))
-
-    return types.float32(types.float32), codegen
-
-
-def _f32(value: float) -> float:
-    """The nearest fp32, as llvmlite wants its constants."""
-    import struct
-
-    return struct.unpack("<f", struct.pack("<f", value))[0]
-
-
 @intrinsic(prefer_literal=True)
 def scores(
     typingctx: Any, heads: Any, kind: Any, q: Any, ldq: Any, page: Any, head_dim: Any, out: Any, ldo: Any

@@ -58,23 +58,9 @@ def _pause(typingctx: Any) -> Any:
     return types.void(), codegen
 
 
-@intrinsic
-def cycles(typingctx: Any) -> Any:
-    """The CPU's time stamp counter: a steady clock on every x86-64 of the last ten years."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        function = ir.FunctionType(I64, [])
-        return builder.call(cgutils.get_or_insert_function(builder.module, function, "llvm.x86.rdtsc"), [])
-
-    return types.int64(), codegen
-
-
 @njit(nogil=True)
-def wait_while_equal(address, value, spin, sleepers, slept):
-    """Return when the int64 at ``address`` is no longer ``value``: spin, then sleep in the kernel.
-
-    The cycles asleep are added to the int64 at ``slept``.
-    """
+def wait_while_equal(address, value, spin, sleepers):
+    """Return when the int64 at ``address`` is no longer ``value``: spin, then sleep in the kernel."""
     turns = 0
     while atomic_load(address) == value:
         if turns < spin:
@@ -83,9 +69,7 @@ def wait_while_equal(address, value, spin, sleepers, slept):
         else:
             atomic_add(sleepers, 1)
             if atomic_load(address) == value:
-                began = cycles()
                 _syscall(SYS_FUTEX, address, FUTEX_WAIT_PRIVATE, value & 0xFFFFFFFF, 0, 0, 0)
-                atomic_add(slept, cycles() - began)
             atomic_add(sleepers, -1)
 
 

@@ -4,12 +4,12 @@ A worker is a Python thread inside one compiled call that never takes the interp
 spins briefly and then sleeps in the kernel (no CPU when idle). Within a run every thread makes every call
 (each does its share) and they meet at a barrier where the tape says so.
 
-Under contention a thread sleeps long at barriers: it waits for one that is not scheduled. Then runs go on
-one thread, and try all again after a while; so a foreign busy process costs its share, not a factor of ten.
-The measure is time asleep, not how often: shares that differ by more than the spin are no contention.
+Under contention runs go on one thread for a while (``contention``), so that a foreign process costs its
+share of the speed, not a factor of ten.
 """
 
 import threading
+import time
 import weakref
 from functools import lru_cache
 from typing import Any
@@ -18,7 +18,8 @@ import numpy as np
 from numba import njit
 
 from .abi import call_kernel, compile_function, word
-from .atomics import atomic_add, atomic_load, atomic_store, cycles, wait_while_equal, wake
+from .atomics import atomic_add, atomic_load, atomic_store, wait_while_equal, wake
+from .contention import Contention
 
 RECORD_WORDS = 4  # kernel, args, barrier after (0 or 1), unused: 32 bytes
 _LINE = 64
@@ -33,17 +34,7 @@ _LINE = 64
     _THREADS,
     _TAPE,
     _LENGTH,
-    _SLEPT,
-    _IDLE,
-    _RUN_CYCLES,
-) = (i * _LINE for i in range(13))
-_CONTENDED = (
-    0.25  # of a run's time asleep, per waiting thread; a foreign process on one core makes it about half
-)
-_LEAST_PENALTY, _MOST_PENALTY = (
-    8,
-    512,
-)  # runs on one thread after a contended one; doubled when it happens again
+) = (i * _LINE for i in range(10))
 
 
 @njit(nogil=True)
@@ -55,9 +46,7 @@ def _barrier(control, num_threads):
         wake(control + _GENERATION, control + _BARRIER_SLEEPERS)
     else:
         spin = atomic_load(control + _SPIN)
-        wait_while_equal(
-            control + _GENERATION, generation, spin, control + _BARRIER_SLEEPERS, control + _SLEPT
-        )
+        wait_while_equal(control + _GENERATION, generation, spin, control + _BARRIER_SLEEPERS)
 
 
 @njit(nogil=True)
@@ -74,7 +63,7 @@ def _worker_loop(control, thread):
     generation = 0
     while True:
         spin = atomic_load(control + _SPIN)
-        wait_while_equal(control + _GO, generation, spin, control + _GO_SLEEPERS, control + _IDLE)
+        wait_while_equal(control + _GO, generation, spin, control + _GO_SLEEPERS)
         generation += 1
         if atomic_load(control + _STOP) != 0:
             return
@@ -84,7 +73,6 @@ def _worker_loop(control, thread):
 
 def _run_tape(control, tape, length, num_threads):
     """Replay on the caller and num_threads - 1 workers."""
-    began = cycles()
     if num_threads > 1:
         atomic_store(control + _THREADS, num_threads)
         atomic_store(control + _TAPE, tape)
@@ -92,7 +80,6 @@ def _run_tape(control, tape, length, num_threads):
         atomic_add(control + _GO, 1)
         wake(control + _GO, control + _GO_SLEEPERS)
     _replay(control, 0, num_threads, tape, length)
-    atomic_store(control + _RUN_CYCLES, cycles() - began)
 
 
 def _stop_workers(control):
@@ -112,40 +99,27 @@ class Pool:
 
     def __init__(self, num_threads: int, spin: int = 2000) -> None:
         self.num_threads = num_threads
-        self._memory = np.zeros(14 * _LINE // 8, np.int64)
+        self._memory = np.zeros(11 * _LINE // 8, np.int64)
         self._control = (self._memory.ctypes.data + _LINE - 1) // _LINE * _LINE
-        self._view = self._memory[(self._control - self._memory.ctypes.data) // 8 :]
-        self._view[_SPIN // 8] = spin
+        self._memory[(self._control - self._memory.ctypes.data + _SPIN) // 8] = spin
         worker_loop, self._run_tape, stop_workers = _functions()
-        self._single_runs = 0
-        self._penalty = _LEAST_PENALTY
         workers = [
             threading.Thread(target=worker_loop, args=(self._control, i), daemon=True, name=f"nybble-cpu-{i}")
             for i in range(1, num_threads)
         ]
         for worker in workers:
             worker.start()
+        self._contention = Contention([worker.native_id or 0 for worker in workers])
         # Workers read the control block for as long as they live: it may not go before them.
         self.close = weakref.finalize(self, _end, stop_workers, self._memory, self._control, workers)
 
     def run(self, tape: "np.ndarray[Any, np.dtype[np.int64]]", length: int) -> None:
         """Replay ``length`` records; returns when all are done. One caller at a time."""
-        threads = self.num_threads
-        if threads > 1 and self._single_runs > 0:
-            self._single_runs -= 1
-            threads = 1
-        before = self._word(_SLEPT)
+        began = time.monotonic()
+        threads = 1 if self.num_threads > 1 and self._contention.alone(began) else self.num_threads
         self._run_tape(self._control, tape.ctypes.data, length, threads)
         if threads > 1:
-            share = (self._word(_SLEPT) - before) / ((threads - 1) * max(1, self._word(_RUN_CYCLES)))
-            if share > _CONTENDED:
-                self._single_runs = self._penalty
-                self._penalty = min(2 * self._penalty, _MOST_PENALTY)
-            else:
-                self._penalty = max(_LEAST_PENALTY, self._penalty // 2)
-
-    def _word(self, offset: int) -> int:
-        return int(self._view[offset // 8])
+            self._contention.ran(time.monotonic() - began)
 
 
 def _end(stop_workers: Any, memory: Any, control: int, workers: list[threading.Thread]) -> None:

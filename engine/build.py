@@ -16,8 +16,7 @@ from .check import check_weights_fit, estimate_weights, free_memory
 from .config import EngineConfig
 from .engine import Engine
 from .errors import ConfigError
-from .formats.registry import get_format
-from .formats.safetensors_files import SafetensorsFiles
+from .formats.registry import format_of, open_tensors
 from .hardware import cpu_features, cpu_name, default_threads, process_memory
 from .memory import plan_kv_cache, resolve_max_model_len
 from .model.config import ModelConfig
@@ -144,9 +143,9 @@ def _set_threads(num_threads: int) -> None:
 
 def _plan_load(files: ModelFiles, config: EngineConfig) -> Target:
     """Device and dtype; refuses, before anything is read, what will not fit the memory."""
-    checkpoint_format = get_format(files.quantize_config)
+    checkpoint_format = format_of(files)
     slots = weight_plan(ModelConfig.from_dict(files.config))
-    with SafetensorsFiles(files.folder) as tensors:
+    with open_tensors(files, checkpoint_format) as tensors:
         target = resolve_target(config, checkpoint_format, tensors.tensors)
         problems = find_problems(slots, checkpoint_format, tensors.tensors)
         if problems:

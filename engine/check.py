@@ -12,7 +12,8 @@ from ..kernels.layout import PackedWeight, QuantSpec
 from .config import EngineConfig
 from .errors import CheckpointError, ConfigError
 from .formats.base import Format
-from .formats.registry import get_format
+from .formats.overlay import is_extra
+from .formats.registry import format_of
 from .formats.safetensors_files import SafetensorsFiles, TensorInfo, find_shards, read_header
 from .hardware import available_memory
 from .memory import gib, plan_kv_cache, request_bytes, resolve_max_model_len
@@ -85,18 +86,20 @@ def check_model(folder: Path, config: EngineConfig | None = None) -> CheckReport
     config = config or EngineConfig(str(folder))
     report = CheckReport(str(folder), max_num_seqs=config.max_num_seqs)
     files = ModelFiles(folder)
+    extra: tuple[str, ...] = ()
     try:
         model_config = ModelConfig.from_dict(files.config)
         report.architecture = model_config.architecture
     except ConfigError as error:
         report.problems.append(error.message)
     try:
-        checkpoint_format = get_format(files.quantize_config)
+        checkpoint_format = format_of(files)
+        extra = checkpoint_format.extra_files
         report.quant_method = checkpoint_format.quant_method
         report.quantization = spec_text(checkpoint_format.default_spec)
     except ConfigError as error:
         report.problems.append(error.message)
-    found = _read_headers(folder, report)
+    found = _read_headers(folder, extra, report)
     if not report.problems:
         _check_tensors(report, files, model_config, checkpoint_format, found)
         _check_memory(report, files, config, model_config, (checkpoint_format, found))
@@ -105,9 +108,9 @@ def check_model(folder: Path, config: EngineConfig | None = None) -> CheckReport
     return report
 
 
-def _read_headers(folder: Path, report: CheckReport) -> Mapping[str, TensorInfo]:
+def _read_headers(folder: Path, extra: tuple[str, ...], report: CheckReport) -> Mapping[str, TensorInfo]:
     try:
-        with SafetensorsFiles(folder) as files:
+        with SafetensorsFiles(folder, extra) as files:
             return files.tensors
     except CheckpointError as error:
         first = error.message
@@ -116,7 +119,7 @@ def _read_headers(folder: Path, report: CheckReport) -> Mapping[str, TensorInfo]
         shards, _ = find_shards(folder)
     except CheckpointError:
         return {}
-    for path in shards:
+    for path in [*shards, *(folder / name for name in extra)]:
         try:
             read_header(path)
         except CheckpointError as error:
@@ -202,9 +205,9 @@ def estimate_weights(
     """What a load would report, from the headers of a checkpoint that fits its plan.
 
     A kernel's own repack of a few zero rows tells how many bytes it takes. Values are unknown, so a weight
-    too large for fp16 or a trivial ``g_idx`` is found out only by loading.
+    too large for fp16 or a trivial ``g_idx`` is found out only by loading, and residuals count as stored.
     """
-    total = 0
+    total = sum(info.nbytes for name, info in found.items() if is_extra(name))
     layers: list[LayerKernel] = []
     sizes: dict[tuple[object, ...], int] = {}
     for slot in slots:

@@ -190,7 +190,7 @@ def _table(module_name: str, name: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("home", "table", "marks"),
     [
-        ("engine.formats.registry", "FORMATS", {"from_config", "read", "write", "config_block"}),
+        ("engine.formats.registry", "FORMATS", {"from_config", "read", "write", "config_entries"}),
         ("engine.quantize.methods", "METHODS", {"run"}),
     ],
 )

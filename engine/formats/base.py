@@ -37,9 +37,13 @@ class Format(Protocol):
     def default_spec(self) -> QuantSpec | None:
         """What most modules have; None: dense."""
 
-    @classmethod
-    def from_config(cls, quantize_config: Mapping[str, Any] | None) -> "Format":
-        """From the checkpoint's quantization_config. UnsupportedModelError, CheckpointError."""
+    @property
+    def extra_files(self) -> tuple[str, ...]:
+        """Files with tensors of its modules that the index of the shards does not list."""
+
+    @property
+    def sparsity(self) -> str | None:
+        """What the checkpoint says of zeros, "2:4" or None; the loader verifies every four inputs."""
 
     def spec(self, module: str) -> QuantSpec | None:
         """How ``module`` is quantized; None: stored dense."""
@@ -56,5 +60,13 @@ class Format(Protocol):
     def write(self, module: str, weight: PackedWeight) -> dict[str, Tensor]:
         """The module's tensors. ValueError if the format or its configuration cannot express ``weight``."""
 
-    def config_block(self) -> dict[str, Any]:
-        """The quantization_config to write; {} if there is none."""
+    def config_entries(self) -> dict[str, Any]:
+        """What config.json has to say about it, by key; {}: nothing."""
+
+
+class ConfiguredFormat(Format, Protocol):
+    """A format that a quantization_config describes."""
+
+    @classmethod
+    def from_config(cls, quantize_config: Mapping[str, Any] | None) -> "ConfiguredFormat":
+        """From the checkpoint's quantization_config. UnsupportedModelError, CheckpointError."""

@@ -14,6 +14,8 @@ class DenseFormat:
 
     quant_method = "none"
     default_spec: QuantSpec | None = None
+    extra_files = ()
+    sparsity: str | None = None
 
     @classmethod
     def from_config(cls, quantize_config: Mapping[str, Any] | None) -> "DenseFormat":
@@ -49,6 +51,6 @@ class DenseFormat:
             found[f"{module}.bias"] = weight.bias
         return found
 
-    def config_block(self) -> dict[str, Any]:
-        """None is written."""
+    def config_entries(self) -> dict[str, Any]:
+        """Nothing is said."""
         return {}

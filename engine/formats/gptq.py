@@ -56,11 +56,17 @@ class GPTQFormat:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     quant_method = "gptq"
+    extra_files = ()
 
     @property
     def default_spec(self) -> QuantSpec | None:
         """What modules have that no pattern names."""
         return self.base
+
+    @property
+    def sparsity(self) -> str | None:
+        """What ``meta`` says: int4 weights with 2:4 sparsity are an ordinary symmetric checkpoint."""
+        return self.meta.get("sparsity")
 
     @classmethod
     def from_config(cls, quantize_config: Mapping[str, Any] | None) -> "GPTQFormat":
@@ -211,6 +217,8 @@ class GPTQFormat:
         reason = self.expressible(weight.out_features, weight.in_features, spec)
         if reason is not None:
             raise ValueError(f"{module}: {reason}; leave it dense")
+        if weight.outliers is not None:
+            raise ValueError(f"{module}: has residuals, which need an overlay's file")
         if weight.g_idx is not None and spec.actorder == "none":
             raise ValueError(f"{module}: has a g_idx, but the configuration says desc_act false")
         zeros, scales = weight.zeros, weight.scales
@@ -228,6 +236,10 @@ class GPTQFormat:
                 )
         if scales.dtype == torch.float32 and not torch.equal(scales.half().float(), scales):
             raise ValueError(f"{module}: scales are not fp16 values; round them before the codes are made")
+
+    def config_entries(self) -> dict[str, Any]:
+        """quantization_config."""
+        return {"quantization_config": self.config_block()}
 
     def config_block(self) -> dict[str, Any]:
         """quantization_config with GPTQModel's keys."""

@@ -168,16 +168,17 @@ def _read_index(index: Path) -> tuple[list[Path], dict[str, str]]:
 class SafetensorsFiles:
     """All tensors of the model in ``folder``. Opening reads headers only; ``close`` unmaps the data.
 
-    ``tensors``: name -> TensorInfo. Errors: CheckpointError.
+    ``tensors``: name -> TensorInfo. ``extra_files``: names of files beside the shards.
+    Errors: CheckpointError.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, extra_files: tuple[str, ...] = ()) -> None:
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
         self._stack = ExitStack()
         self._open: dict[Path, Any] = {}
         files, index = find_shards(folder)
-        for path in files:
+        for path in [*files, *(folder / name for name in extra_files)]:
             for name, info in read_header(path).items():
                 stated = path.name if index is None else index.get(name, path.name)
                 if stated != path.name:

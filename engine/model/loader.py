@@ -14,7 +14,7 @@ from ...kernels.layout import PackedWeight, QuantSpec
 from ..config import EngineConfig
 from ..errors import CheckpointError, ConfigError
 from ..formats.base import Format
-from ..formats.registry import get_format
+from ..formats.registry import format_of, open_tensors
 from ..formats.safetensors_files import SafetensorsFiles, TensorInfo
 from ..hardware import cpu_features
 from ..model_files import ModelFiles
@@ -215,11 +215,11 @@ def load_model(
     Errors: UnsupportedModelError, CheckpointError that lists missing, wrong and unexpected tensors.
     """
     model_config = ModelConfig.from_dict(folder.config)
-    checkpoint_format = get_format(folder.quantize_config)
+    checkpoint_format = format_of(folder)
     slots = weight_plan(model_config)
     weights: Weights = {}
     layers: list[LayerKernel] = []
-    with SafetensorsFiles(folder.folder) as files:
+    with open_tensors(folder, checkpoint_format) as files:
         problems = find_problems(slots, checkpoint_format, files.tensors)
         if problems:
             raise problems_error(folder.folder, problems)

@@ -97,6 +97,7 @@ class CheckpointWriter:
         self._folder = out.parent / f".{out.name}.{os.getpid()}.partial"
         self._shards: list[_Shard] = []
         self._shard_of: dict[str, int] = {}
+        self._beside: dict[str, _Shard] = {}
 
     def __enter__(self) -> Self:
         with self._writing():
@@ -106,7 +107,7 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for shard in self._shards:
+        for shard in (*self._shards, *self._beside.values()):
             shard.discard()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -120,11 +121,17 @@ class CheckpointWriter:
     @property
     def nbytes(self) -> int:
         """Bytes of tensors so far."""
-        return sum(shard.nbytes for shard in self._shards)
+        return sum(shard.nbytes for shard in (*self._shards, *self._beside.values()))
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Append one tensor of the checkpoint."""
+    def add(self, name: str, tensor: Tensor, beside: str | None = None) -> None:
+        """Append one tensor of the checkpoint; ``beside``: to a file of this name, which no index lists."""
         assert name not in self._shard_of
+        if beside is not None:
+            with self._writing():
+                if beside not in self._beside:
+                    self._beside[beside] = _Shard(self._folder / beside, self._header_bytes)
+                self._beside[beside].add(name, tensor)
+            return
         with self._writing():
             if not self._shards or self._shards[-1].nbytes + tensor.nbytes > MAX_SHARD_BYTES:
                 if self._shards:
@@ -149,11 +156,12 @@ class CheckpointWriter:
         with self._writing():
             if self._shards:
                 self._shards[-1].close()
+            for shard in self._beside.values():
+                shard.close()
             names = self._name_shards()
-            if len(names) > 1:
-                weight_map = {name: names[shard] for name, shard in sorted(self._shard_of.items())}
-                index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
-                self.add_json(INDEX_NAME, index)
+            weight_map = {name: names[shard] for name, shard in sorted(self._shard_of.items())}
+            index = {"metadata": {"total_size": sum(shard.nbytes for shard in self._shards)}}
+            self.add_json(INDEX_NAME, index | {"weight_map": weight_map})
             _refuse_existing(self.out, self._overwrite)
             old = self._folder.with_suffix(".old")
             if self.out.exists():

@@ -32,7 +32,12 @@ def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
             target.add(name, tensor)
         assert not (tmp_path / "out").exists()
         target.commit()
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    index = json.loads((tmp_path / "out" / writer.INDEX_NAME).read_text())
+    assert index["weight_map"] == dict.fromkeys(sorted(expected), "model.safetensors")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "model.safetensors",
+        writer.INDEX_NAME,
+    ]
     found = load_file(tmp_path / "out/model.safetensors")
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -62,6 +67,24 @@ def test_shards_have_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert all(index["weight_map"][name] == shard for name in part)
         found |= part
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_file_beside_the_shards_is_in_no_index(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path / "out", ["a", "b"], overwrite=False) as target:
+        target.add("b", torch.arange(3), beside="more.safetensors")
+        target.add("a", torch.zeros(5))
+        target.add("c", torch.ones(3, dtype=torch.int16), beside="more.safetensors")
+        target.commit()
+        assert target.nbytes == 24 + 20 + 6
+    index = json.loads((tmp_path / "out" / writer.INDEX_NAME).read_text())
+    assert index == {"metadata": {"total_size": 20}, "weight_map": {"a": "model.safetensors"}}
+    found = load_file(tmp_path / "out/more.safetensors")
+    assert torch.equal(found["b"], torch.arange(3))
+    assert torch.equal(found["c"], torch.ones(3, dtype=torch.int16))
+    with SafetensorsFiles(tmp_path / "out") as files:
+        assert set(files) == {"a"}
+    with SafetensorsFiles(tmp_path / "out", ("more.safetensors",)) as files:
+        assert set(files) == {"a", "b", "c"}
 
 
 def test_without_commit_nothing_is_there(tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ async def _generate(gateway: Gateway, request: Request, prepare: Prepare) -> Res
         gateway.admission.check()
         fields = await read_json(request, gateway.settings.max_body_size)
         job, writer, stream = await prepare(gateway, fields)
+        record.serve(job.model.metrics)
         permit = gateway.admission.admit(
             [len(job.prompt_of(index).token_ids) for index in range(len(job.params))]
         )

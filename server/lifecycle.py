@@ -20,16 +20,15 @@ import uvloop
 from prometheus_client import disable_created_metrics
 from starlette.types import ASGIApp
 
-from ..engine.client import EngineClient
 from ..engine.errors import ConfigError
 from ..engine.model_files import resolve_model
-from ..engine.records import EngineStats
 from .app import build_app
-from .engine_metrics import EngineCollector, EngineTotals, report_load
+from .engine_metrics import EngineCollector, report_load
+from .fleet import Fleet
 from .gateway import Gateway, Phase
 from .limits import Admission
 from .metrics import Metrics
-from .models import ModelTable, ServedModel, load_model, served_name
+from .models import ServedModel, served_name
 from .settings import Settings, limit_tokenizer_threads
 from .sockets import LimitedProtocol, bind
 
@@ -60,42 +59,32 @@ def serve(settings: Settings) -> int:
 
 
 async def _serve(settings: Settings, folder: Path, listener: socket.socket, started: float) -> int:
-    metrics = Metrics(served_name(settings), settings.vllm_metrics)
-    totals = EngineTotals()
-
-    def on_stats(stats: EngineStats) -> None:
-        totals.update(stats)
-        metrics.step(stats)
-
-    client = EngineClient(
-        settings.engine_config(folder),
-        watchdog_seconds=settings.hang_timeout,
-        on_stats=on_stats,
-        on_log=logger.info,
-    )
-    await client.start()  # it loads while the gateway gets itself ready
+    name = served_name(settings)
+    metrics = Metrics(name, settings.vllm_metrics)
+    fleet = Fleet(settings, metrics)
     try:
-        model = load_model(settings, folder, client, int(time.time()))
+        model = await fleet.start(settings, folder, name)
+        fleet.serve(model)
         admission = Admission(settings.max_num_seqs, settings.max_queued_requests, settings.max_queued_tokens)
-        gateway = Gateway(settings, ModelTable([model]), metrics, admission)
+        gateway = Gateway(settings, fleet.models, metrics, admission)
         phases = {"gateway": time.monotonic() - started}
-        metrics.registry.register(EngineCollector(model, totals, phases))
+        metrics.registry.register(EngineCollector(fleet.models, phases))
 
         def announce() -> None:
             phases["total"] = time.monotonic() - started
             print(_greeting(settings, model, listener, phases["total"]), flush=True)
 
-        return await Lifecycle(gateway, client, listener).run(announce)
+        return await Lifecycle(gateway, fleet, listener).run(announce)
     finally:
-        await client.stop()
+        await fleet.stop()
 
 
 class Lifecycle:
-    """Serve until a signal or the engine's end; then drain."""
+    """Serve until a signal or an engine's end; then drain."""
 
-    def __init__(self, gateway: Gateway, client: EngineClient, listener: socket.socket) -> None:
+    def __init__(self, gateway: Gateway, fleet: Fleet, listener: socket.socket) -> None:
         self._gateway = gateway
-        self._client = client
+        self._fleet = fleet
         self._listener = listener
         self._signal: signal.Signals | None = None
         self._stop = asyncio.Event()
@@ -107,19 +96,17 @@ class Lifecycle:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
-        metrics = self._gateway.metrics
-        model = self._gateway.models.all()[0]
         helpers = [
             asyncio.create_task(self._announce(announce)),
-            asyncio.create_task(report_load(model, metrics)),
+            asyncio.create_task(report_load(self._fleet.models, self._gateway.metrics)),
         ]
-        waits = [asyncio.create_task(event.wait()) for event in (self._stop, self._client.gave_up)]
+        waits = [asyncio.create_task(event.wait()) for event in (self._stop, self._fleet.gave_up)]
         try:
             await asyncio.wait([*waits, serving], return_when=asyncio.FIRST_COMPLETED)
-            if not self._client.gave_up.is_set():
+            if not self._fleet.gave_up.is_set():
                 await self._drain()
             self._gateway.phase = Phase.CLOSED
-            await self._client.stop()  # what still runs ends with an error event
+            await self._fleet.stop()  # what still runs ends with an error event
         finally:
             for task in (*helpers, *waits):
                 task.cancel()
@@ -128,14 +115,14 @@ class Lifecycle:
         return self._exit_code()
 
     async def _announce(self, announce: Callable[[], None]) -> None:
-        await self._client.ready.wait()
+        await self._fleet.models.all()[0].client.ready.wait()
         gc.collect()
         gc.freeze()  # what the start has made stays: later collections need not look at it
         announce()
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._signal is not None:  # the second one: no time for manners
-            if (pid := self._client.pid) is not None:
+            for pid in self._fleet.pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             os._exit(128 + number)
@@ -147,7 +134,8 @@ class Lifecycle:
         settings, admission = self._gateway.settings, self._gateway.admission
         self._gateway.phase = Phase.DRAINING
         # Routers need time to see /ready fail; at a terminal, or if it never held, there is none to wait for.
-        routed = self._signal is signal.SIGTERM and self._client.info is not None
+        loaded = any(model.client.info is not None for model in self._fleet.models.all())
+        routed = self._signal is signal.SIGTERM and loaded
         delay = settings.drain_delay if routed else 0.0
         logger.info(
             "stopping: %d requests run; taking new ones for %g s more, then waiting up to %g s",
@@ -164,7 +152,7 @@ class Lifecycle:
             logger.warning("%d requests did not finish in time; they end with an error", admission.requests)
 
     def _exit_code(self) -> int:
-        failure = self._client.failure
+        failure = self._fleet.failure
         if isinstance(failure, ConfigError):
             raise failure
         if failure is not None:

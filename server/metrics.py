@@ -24,92 +24,144 @@ _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5
 _LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
 _STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
+# Help and further labels by name.
+_COUNTERS: dict[str, tuple[str, ...]] = {
+    "prompt_tokens": ("Prompt tokens of requests that got an output",),
+    "generation_tokens": ("Output tokens sent to clients",),
+    "requests_accepted": (
+        "Requests that reached a generation route with a valid key; the outcomes add up to it",
+    ),
+    "request_outcomes": ("Requests by how they ended", "outcome"),
+    "request_success": ("Sequences by why they ended", "finished_reason"),
+}
+# Help and buckets by name.
+_HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "time_to_first_token_seconds": ("From the request's arrival to a sequence's first token", _FIRST_TOKEN),
+    "inter_token_latency_seconds": ("Between two messages of one sequence, per token", _TOKEN),
+    "request_queue_time_seconds": ("From the engine's receipt of a sequence to its first step", _LATENCY),
+    "e2e_request_latency_seconds": ("From a request's arrival to its end, where it finished", _LATENCY),
+    "request_prompt_tokens": ("Prompt tokens of a prompt", _LENGTHS),
+    "request_generation_tokens": ("Output tokens of a sequence that ended", _LENGTHS),
+    "iteration_tokens_total": ("Tokens computed in one step of the engine", _STEP_TOKENS),
+}
+
 
 class Metrics:
-    """What happened to requests, counted where it happens. The engine's own numbers join at each scrape
-    (``engine_metrics``)."""
+    """What happened to requests, counted where it happens, by model. The engines' own numbers join at each
+    scrape (``engine_metrics``)."""
 
-    def __init__(self, model_name: str, vllm_names: bool = False) -> None:
-        """``vllm_names``: show VLLM_NAMES under ``vllm:`` too."""
+    def __init__(self, default_model: str, vllm_names: bool = False) -> None:
+        """``default_model``: under its name are counted requests that named no model we serve.
+        ``vllm_names``: show VLLM_NAMES under ``vllm:`` too."""
         self.registry = CollectorRegistry()
         self.exposed = CollectorRegistry(auto_describe=False)  # what /metrics shows
         self.exposed.register(self.registry)
         if vllm_names:
             self.exposed.register(VllmNames(self.registry))
-        self.model_name = model_name
-        self.num_prompt_tokens = 0
-        self.num_generation_tokens = 0
         ProcessCollector(registry=self.registry)
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that got an output")
-        self.generation_tokens = self._counter("generation_tokens", "Output tokens sent to clients")
-        self.accepted = self._counter(
-            "requests_accepted",
-            "Requests that reached a generation route with a valid key; the outcomes add up to it",
-        )
-        outcomes = self._labelled("request_outcomes", "Requests by how they ended", "outcome")
-        self.outcomes = {name: outcomes.labels(model_name, name) for name in OUTCOMES}
-        success = self._labelled("request_success", "Sequences by why they ended", "finished_reason")
-        self.success = {name: success.labels(model_name, name) for name in FINISH_REASONS}
-        self.first_token = self._histogram(
-            "time_to_first_token_seconds",
-            "From the request's arrival to a sequence's first token",
-            _FIRST_TOKEN,
-        )
-        self.inter_token = self._histogram(
-            "inter_token_latency_seconds", "Between two messages of one sequence, per token", _TOKEN
-        )
-        self.queue_time = self._histogram(
-            "request_queue_time_seconds",
-            "From the engine's receipt of a sequence to its first step",
-            _LATENCY,
-        )
-        self.e2e = self._histogram(
-            "e2e_request_latency_seconds", "From a request's arrival to its end, where it finished", _LATENCY
-        )
-        self.request_prompt_tokens = self._histogram(
-            "request_prompt_tokens", "Prompt tokens of a prompt", _LENGTHS
-        )
-        self.request_generation_tokens = self._histogram(
-            "request_generation_tokens", "Output tokens of a sequence that ended", _LENGTHS
-        )
-        self.iteration_tokens = self._histogram(
-            "iteration_tokens_total", "Tokens computed in one step of the engine", _STEP_TOKENS
-        )
         self.http_responses = Counter(
             "nybble_http_responses", "HTTP responses", ("route", "method", "status"), registry=self.registry
         )
+        self._counters = {
+            name: Counter(f"nybble_{name}", text, ("model_name", *labels), registry=self.registry)
+            for name, (text, *labels) in _COUNTERS.items()
+        }
+        self._histograms = {
+            name: Histogram(f"nybble_{name}", text, ("model_name",), registry=self.registry, buckets=buckets)
+            for name, (text, buckets) in _HISTOGRAMS.items()
+        }
+        self._models: dict[str, ModelMetrics] = {}
+        self._default = self.of(default_model)
 
-    def _labelled(self, name: str, text: str, label: str) -> Counter:
-        return Counter(f"nybble_{name}", text, ("model_name", label), registry=self.registry)
-
-    def _counter(self, name: str, text: str) -> Counter:
-        counter = Counter(f"nybble_{name}", text, ("model_name",), registry=self.registry)
-        return counter.labels(self.model_name)
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        histogram = Histogram(
-            f"nybble_{name}", text, ("model_name",), registry=self.registry, buckets=buckets
-        )
-        return histogram.labels(self.model_name)
+    def of(self, model_name: str) -> "ModelMetrics":
+        """The series of one model; all of them exist from then on."""
+        if model_name not in self._models:
+            self._models[model_name] = ModelMetrics(model_name, self._counters, self._histograms)
+        return self._models[model_name]
 
     def accept(self) -> "RequestRecord":
         """A request came in. Its record must see exactly one ``end``."""
-        self.accepted.inc()
-        return RequestRecord(self)
+        return RequestRecord(self._default)
 
-    def step(self, stats: EngineStats) -> None:
-        """A step of the engine ended."""
+    @property
+    def num_tokens(self) -> tuple[int, int]:
+        """Prompt and output tokens of all models so far."""
+        models = self._models.values()
+        return sum(m.num_prompt_tokens for m in models), sum(m.num_generation_tokens for m in models)
+
+
+class ModelMetrics:
+    """The series of one model, under the names of _COUNTERS and _HISTOGRAMS."""
+
+    def __init__(
+        self, model_name: str, counters: dict[str, Counter], histograms: dict[str, Histogram]
+    ) -> None:
+        self.num_prompt_tokens = 0
+        self.num_generation_tokens = 0
+        self.prompt_tokens = counters["prompt_tokens"].labels(model_name)
+        self.generation_tokens = counters["generation_tokens"].labels(model_name)
+        self.accepted = counters["requests_accepted"].labels(model_name)
+        outcomes, success = counters["request_outcomes"], counters["request_success"]
+        self.outcomes = {name: outcomes.labels(model_name, name) for name in OUTCOMES}
+        self.success = {name: success.labels(model_name, name) for name in FINISH_REASONS}
+        self.first_token = histograms["time_to_first_token_seconds"].labels(model_name)
+        self.inter_token = histograms["inter_token_latency_seconds"].labels(model_name)
+        self.queue_time = histograms["request_queue_time_seconds"].labels(model_name)
+        self.e2e = histograms["e2e_request_latency_seconds"].labels(model_name)
+        self.request_prompt_tokens = histograms["request_prompt_tokens"].labels(model_name)
+        self.request_generation_tokens = histograms["request_generation_tokens"].labels(model_name)
+        self.iteration_tokens = histograms["iteration_tokens_total"].labels(model_name)
+        self.totals = EngineTotals()
+
+    def step(self, stats: EngineStats, engine: int = 0) -> None:
+        """A step of an engine of this name ended; ``engine`` tells it from the name's others."""
+        self.totals.update(stats, engine)
         self.iteration_tokens.observe(stats.num_batched_tokens)
+
+
+ENGINE_TOTALS = {
+    "num_preemptions": "Sequences that were put back for lack of KV blocks",
+    "prefix_cache_queries": "Prompt tokens looked up in the prefix cache",
+    "prefix_cache_hits": "Prompt tokens found in the prefix cache",
+}
+
+
+class EngineTotals:
+    """Counters of all engines that had one name; an engine's own start at 0 with each of its lives."""
+
+    def __init__(self) -> None:
+        self._before = dict.fromkeys(ENGINE_TOTALS, 0)  # of earlier lives
+        self._stats: dict[int, EngineStats] = {}
+
+    def update(self, stats: EngineStats, engine: int = 0) -> None:
+        """Take the numbers of a step. ``engine``: its own number, no other engine's."""
+        last = self._stats.get(engine)
+        if last is not None and stats.step < last.step:
+            for name in self._before:
+                self._before[name] += getattr(last, name)
+        self._stats[engine] = stats
+
+    def values(self) -> dict[str, int]:
+        """Totals by name."""
+        living = self._stats.values()
+        return {name: count + sum(getattr(s, name) for s in living) for name, count in self._before.items()}
 
 
 class RequestRecord:
     """The life of one HTTP request in the metrics."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: ModelMetrics) -> None:
+        """``metrics``: where it counts until it is known which model it wants."""
         self._metrics = metrics
+        self._counted = False
         self._arrival = time.perf_counter()
         self._last: dict[int, float] = {}  # sequence -> when its last tokens came
         self._ended = False
+
+    def serve(self, metrics: ModelMetrics) -> None:
+        """The model is known. Call at most once."""
+        self._metrics, self._counted = metrics, True
+        metrics.accepted.inc()
 
     def first_output(self, num_prompt_tokens: int, queued_seconds: float) -> None:
         """A sequence left the queue. ``num_prompt_tokens``: 0 for further sequences of the same prompt."""
@@ -141,6 +193,8 @@ class RequestRecord:
         if self._ended:
             return
         self._ended = True
+        if not self._counted:
+            self.serve(self._metrics)
         self._metrics.outcomes[outcome].inc()
         if outcome == "finished":
             self._metrics.e2e.observe(time.perf_counter() - self._arrival)

@@ -1,5 +1,7 @@
 """What is served: a name, its tokenizer, template and engine; and the routes that list it."""
 
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from ..engine.model_files import ModelFiles
 from ..engine.records import ModelInfo
 from ..engine.tokenizer import Tokenizer
 from .errors import ModelNotFoundError
+from .metrics import Metrics, ModelMetrics
 from .settings import Settings
 
 DEMO_NAME = "nybble-demo"
@@ -25,10 +28,12 @@ class ServedModel:
     """
 
     name: str
+    folder: Path
     created: int
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     client: EngineClient
+    metrics: ModelMetrics
     sampling_defaults: dict[str, float | int]
     stated_max_model_len: int
 
@@ -65,10 +70,22 @@ class ServedModel:
 
 
 class ModelTable:
-    """Models by name."""
+    """Models by name. A name is switched from one model to another between two requests."""
 
-    def __init__(self, models: list[ServedModel]) -> None:
+    def __init__(self, models: Iterable[ServedModel] = ()) -> None:
         self._models = {model.name: model for model in models}
+
+    def put(self, model: ServedModel) -> ServedModel | None:
+        """New requests for its name go to ``model``; returns the one that had the name."""
+        before = self._models.get(model.name)
+        self._models[model.name] = model
+        return before
+
+    def remove(self, name: str) -> ServedModel:
+        """New requests for the name find none. Errors: ModelNotFoundError."""
+        model = self.get(name)
+        del self._models[name]
+        return model
 
     def get(self, name: str | None) -> ServedModel:
         """The model of that name, or the only one where a request names none. Errors: ModelNotFoundError."""
@@ -96,17 +113,21 @@ def served_name(settings: Settings) -> str:
     return folder.resolve().name if folder.is_dir() else settings.model
 
 
-def load_model(settings: Settings, folder: Path, client: EngineClient, created: int) -> ServedModel:
+def load_model(
+    settings: Settings, folder: Path, name: str, client: EngineClient, metrics: Metrics
+) -> ServedModel:
     """What the gateway itself needs of the model in ``folder``. Errors: ConfigError."""
     files = ModelFiles(folder)
     longest = files.max_model_len()
     tokenizer = Tokenizer.from_folder(folder)
     return ServedModel(
-        name=served_name(settings),
-        created=created,
+        name=name,
+        folder=folder,
+        created=int(time.time()),
         tokenizer=tokenizer,
         chat_template=ChatTemplate.from_folder(folder, tokenizer.special_tokens, settings.chat_template),
         client=client,
+        metrics=metrics.of(name),
         sampling_defaults=files.sampling_defaults() if settings.generation_config == "auto" else {},
         stated_max_model_len=settings.max_model_len or longest,
     )

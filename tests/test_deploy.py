@@ -15,8 +15,9 @@ import yaml
 from nybble.engine.client import EngineClient
 from nybble.engine.records import ModelInfo
 from nybble.server.app import build_app
-from nybble.server.engine_metrics import EngineCollector, EngineTotals
+from nybble.server.engine_metrics import EngineCollector
 from nybble.server.metrics import Metrics, VllmNames
+from nybble.server.models import ModelTable
 from nybble.server.settings import Settings, option_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,8 +81,8 @@ def exposed_metrics() -> set[str]:
         stats=None, outstanding=0, ready=SimpleNamespace(is_set=lambda: True), restarts=0, info=info
     )
     metrics = Metrics("demo")
-    model = SimpleNamespace(client=client, name="demo")
-    metrics.registry.register(EngineCollector(model, EngineTotals(), {"start": 1.0}))  # type: ignore[arg-type]
+    model: Any = SimpleNamespace(client=client, name="demo", metrics=metrics.of("demo"))
+    metrics.registry.register(EngineCollector(ModelTable([model]), {"start": 1.0}))
     suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
     families = [*metrics.registry.collect(), *VllmNames(metrics.registry).collect()]
     return {family.name + suffix for family in families for suffix in suffixes[family.type]}

@@ -14,7 +14,7 @@ import httpx
 import uvloop
 from fake_client import VOCAB, FakeClient
 from nybble.server.app import build_app
-from nybble.server.engine_metrics import EngineCollector, EngineTotals
+from nybble.server.engine_metrics import EngineCollector
 from nybble.server.gateway import Gateway
 from nybble.server.lifecycle import HttpServer
 from nybble.server.limits import Admission
@@ -103,13 +103,14 @@ def running(folder: Path, client: FakeClient | None = None, **options: Any) -> I
 
     async def main() -> None:
         fake = client or FakeClient()
-        metrics = Metrics(served_name(settings), settings.vllm_metrics)
-        totals = EngineTotals()
-        fake.on_stats = lambda stats: (totals.update(stats), metrics.step(stats), None)[-1]
-        model = load_model(settings, folder, fake, 1)  # type: ignore[arg-type]
-        metrics.registry.register(EngineCollector(model, totals, {"gateway": 0.1}))
+        name = served_name(settings)
+        metrics = Metrics(name, settings.vllm_metrics)
+        model = load_model(settings, folder, name, fake, metrics)  # type: ignore[arg-type]
+        fake.on_stats = model.metrics.step
+        models = ModelTable([model])
+        metrics.registry.register(EngineCollector(models, {"gateway": 0.1}))
         admission = Admission(settings.max_num_seqs, settings.max_queued_requests, settings.max_queued_tokens)
-        gateway = Gateway(settings, ModelTable([model]), metrics, admission)
+        gateway = Gateway(settings, models, metrics, admission)
         server = HttpServer(build_app(gateway), gateway)
         with bind("127.0.0.1", 0) as listener:
             port = listener.getsockname()[1]

@@ -3,9 +3,9 @@
 from functools import partial
 
 from nybble.engine.client import EngineClient
-from nybble.server import lifecycle
+from nybble.server import fleet
 from nybble.server.cli import main
 
 if __name__ == "__main__":
-    lifecycle.EngineClient = partial(EngineClient, worker_args=["--factory", "fake_engine:build"])  # type: ignore[misc, assignment]
+    fleet.EngineClient = partial(EngineClient, worker_args=["--factory", "fake_engine:build"])  # type: ignore[misc, assignment]
     main()

@@ -12,8 +12,7 @@ from gateway_server import GatewayServer, running
 from nybble.engine.errors import EngineDeadError
 from nybble.engine.records import EngineStats
 from nybble.server import engine_metrics
-from nybble.server.engine_metrics import EngineTotals
-from nybble.server.metrics import FINISH_REASONS, OUTCOMES, VLLM_NAMES
+from nybble.server.metrics import FINISH_REASONS, OUTCOMES, VLLM_NAMES, EngineTotals
 from prometheus_client.parser import text_string_to_metric_families
 
 
@@ -191,9 +190,9 @@ def test_the_load_is_logged_only_under_load(folder: Path, caplog: pytest.LogCapt
     with pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO", "nybble"):
         patch.setattr(engine_metrics, "REPORT_SECONDS", 0.1)
         with running(folder, client) as server:
-            model = server.gateway.models.get(None)
+            gateway = server.gateway
             task = server.call(
-                lambda: server.loop.create_task(engine_metrics.report_load(model, server.gateway.metrics))
+                lambda: server.loop.create_task(engine_metrics.report_load(gateway.models, gateway.metrics))
             )
             server.post("/v1/completions", {"prompt": "a", "max_tokens": 30})
             server.wait(lambda: len(caplog.records) == 1)

@@ -4,6 +4,7 @@ NybbleError
  +-- ConfigError            an option or a model's configuration cannot work; exit code 2, HTTP 400
  |    +-- UnsupportedModelError   architecture, rope type, quant_method... that we do not compute
  |    +-- CheckpointError         files that lie, are truncated, miss a tensor or hold one too many
+ |    +-- LayerError              quantizing cannot go on because of one module, which it names
  +-- RequestError           one request is invalid; the server and all other requests go on; HTTP 400
  +-- NotFoundError          unknown model, job or route; HTTP 404
  +-- AuthError              missing or wrong key; HTTP 401
@@ -34,6 +35,14 @@ class UnsupportedModelError(ConfigError):
 
 class CheckpointError(ConfigError):
     """The checkpoint's files do not hold what they should."""
+
+
+class LayerError(ConfigError):
+    """One module of a model stops the work. ``layer`` is its name in the checkpoint."""
+
+    def __init__(self, message: str, *, layer: str) -> None:
+        super().__init__(message)
+        self.layer = layer
 
 
 class RequestError(NybbleError):

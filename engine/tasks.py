@@ -1,9 +1,10 @@
 """Work in a process of its own: ``python -m nybble.engine.tasks NAME``, for the CLI and the server's jobs.
 
 Reads one JSON object, the options, from stdin and writes JSON lines to stdout: ``{"event": "progress",
-"phase", "done", "total"}``, ``{"event": "log", "line"}``, and last ``{"event": "result", ...}`` or
-``{"event": "error", "message", "user_error"}``. Exit codes: 0, 2 for a user's error, 1 for any other, 130
-when interrupted. SIGINT, SIGTERM and a reader that went away end the task, which leaves nothing half done.
+"phase", "done", "total", "layer"?, "loss"?}``, ``{"event": "log", "line"}``, and last ``{"event": "result",
+...}`` or ``{"event": "error", "message", "user_error", "layer"?}``. Exit codes: 0, 2 for a user's error, 1
+for any other, 130 when interrupted. SIGINT, SIGTERM and a reader that went away end the task, which leaves
+nothing half done.
 """
 
 import json
@@ -21,7 +22,7 @@ import torch
 
 from .check import check_model
 from .config import EngineConfig
-from .errors import ConfigError, NybbleError
+from .errors import ConfigError, LayerError, NybbleError
 from .evaluate import EvaluateOptions, evaluate
 from .model_files import resolve_model
 from .quantize.job import quantize
@@ -49,13 +50,17 @@ class Reporter:
         except BrokenPipeError as error:
             raise KeyboardInterrupt from error
 
-    def progress(self, phase: str, done: int, total: int) -> None:
-        """``done`` of ``total`` in ``phase``."""
+    def progress(
+        self, phase: str, done: int, total: int, layer: int | None = None, loss: float | None = None
+    ) -> None:
+        """``done`` of ``total`` in ``phase``; the decoder block at hand, and its last module's loss."""
         now = time.monotonic()
         last_phase, last = self._reported
         if phase != last_phase or done >= total or now - last >= PROGRESS_SECONDS:
             self._reported = (phase, now)
-            self.emit("progress", phase=phase, done=done, total=total)
+            more = {"layer": layer, "loss": loss}
+            known = {name: value for name, value in more.items() if value is not None}
+            self.emit("progress", phase=phase, done=done, total=total, **known)
 
     def log(self, line: str) -> None:
         """One line for people."""
@@ -128,11 +133,14 @@ def run(name: str, source: TextIO, reporter: Reporter) -> int:
         reporter.emit("result", **task(options, reporter))
     except NybbleError as error:
         user_error = isinstance(error, ConfigError)
-        reporter.emit("error", message=error.message, user_error=user_error)
+        layer = {"layer": error.layer} if isinstance(error, LayerError) else {}
+        reporter.emit("error", message=error.message, user_error=user_error, **layer)
         return EXIT_USER if user_error else EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the border of the process: reported, and told to the parent
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+            return EXIT_INTERRUPTED  # a library made another error of the interrupt
         traceback.print_exc()
         reporter.emit("error", message=f"{type(error).__name__}: {error}", user_error=False)
         return EXIT_FAILED

@@ -94,7 +94,7 @@ def test_nothing_in_a_checkpoint_can_run_code() -> None:
 # What a constant may be made with; a capitalized name is a record's constructor.
 PURE_CALLS = re.compile(
     r"(re\.compile|struct\.Struct|frozenset|tuple|dict|range|len|type|float|int|max|min|sum|str|sorted|zip"
-    r"|logging\.getLogger|namedtuple|partial|(typer\.)?(Option|Argument)|field|torch\.(iinfo|finfo)|np\.(dtype|u?int\d+|float\d+)|types\.\w+"
+    r"|logging\.getLogger|namedtuple|partial|(typer\.)?(Option|Argument)|field|torch\.(iinfo|finfo)|(tl|gl)\.constexpr|np\.(dtype|u?int\d+|float\d+)|types\.\w+"
     r"|([\w.]+\.)?_?[A-Z]\w*(\.\w+)?|.+\.(join|format|split|items|values|keys|encode|replace))"
 )
 
@@ -191,11 +191,14 @@ def _table(module_name: str, name: str) -> dict[str, str]:
     ("home", "table", "marks"),
     [
         ("engine.formats.registry", "FORMATS", {"from_config", "read", "write", "config_entries"}),
-        ("engine.quantize.methods", "METHODS", {"run"}),
+        ("engine.quantize.methods", "METHODS", {"recipe"}),
+        ("engine.quantize.methods", "METHODS", {"method"}),
+        ("engine.quantize.transforms", "TRANSFORMS", {"prepare", "from_options"}),
     ],
 )
 def test_every_plug_in_is_in_its_table(home: str, table: str, marks: set[str]) -> None:
-    """A plug-in is a class with its protocol's methods; each has one line in one dict, and that resolves."""
+    """A plug-in is a class with its protocol's methods, or a function of this name; each has one line in one
+    dict, and that resolves."""
     entries = _table(home, table)
     package = modules()[home].package
     for entry in entries.values():
@@ -208,9 +211,14 @@ def test_every_plug_in_is_in_its_table(home: str, table: str, marks: set[str]) -
             continue
         for node in module.tree.body:
             if isinstance(node, ast.ClassDef) and not any("Protocol" in ast.unparse(b) for b in node.bases):
-                methods = {f.name for f in node.body if isinstance(f, ast.FunctionDef)}
+                names = {f.name for f in node.body if isinstance(f, ast.FunctionDef)}
+            elif isinstance(node, ast.FunctionDef):
+                names = {node.name}
+            else:
+                continue
+            if marks <= names:
                 entry = f"{module.name.rpartition('.')[2]}:{node.name}"
-                if marks <= methods and not any(value.endswith(entry) for value in entries.values()):
+                if not any(value.endswith(entry) for value in entries.values()):
                     bad.append(f"{module.at(node.lineno)}: {node.name} is not in {table}")
     report(bad)
 

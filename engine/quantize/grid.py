@@ -5,12 +5,13 @@ even where a group has no negative weight, and the scale is rounded to fp16, as 
 *before* the codes are chosen.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ...kernels.layout import PackedWeight, QuantSpec
+from ...kernels.layout import PackedWeight, QuantSpec, SparseOverlay
 
 SMALLEST_SCALE = 2.0**-24  # the least positive fp16 number
 MSE_STEPS = 80  # ranges tried by the search, from whole down to a fifth, in hundredths
@@ -45,15 +46,39 @@ def fit(weight: Tensor, spec: QuantSpec, mse: float = 0.0, exclude: Tensor | Non
     narrower ranges minimises per row (2.4 is GPTQ's). Raises ScaleOverflowError.
     """
     counted = weight if exclude is None else weight.masked_fill(exclude, 0)
-    low = counted.amin(1, keepdim=True).clamp_(max=0)
-    high = counted.amax(1, keepdim=True).clamp_(min=0)
+    if mse > 0:
+        return fit_by(counted, spec, lambda difference: difference.abs_().pow_(mse).sum(1, keepdim=True))
+    return _grid(*_range(counted, spec), spec)
+
+
+def fit_by(weight: Tensor, spec: QuantSpec, measure: Callable[[Tensor], Tensor]) -> Grid:
+    """The grid with the least ``measure`` of q(x) - x ([rows, n], which it may change) -> [rows, 1], among
+    ranges from the whole of ``weight`` [rows, n] down to a fifth. Raises ScaleOverflowError."""
+    low, high = _range(weight, spec)
+    best = _grid(low, high, spec)
+    least = torch.full_like(low, torch.inf)
+    for step in range(MSE_STEPS):
+        shrink = 1 - step / 100
+        grid = _grid(low * shrink, high * shrink, spec)
+        error = measure(grid.values(grid.codes(weight)).sub_(weight))
+        better = error < least
+        least = torch.where(better, error, least)
+        best = Grid(
+            torch.where(better, grid.scales, best.scales),
+            torch.where(better, grid.zeros, best.zeros),
+            best.max_code,
+        )
+    return best
+
+
+def _range(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    low = weight.amin(1, keepdim=True).clamp_(max=0)
+    high = weight.amax(1, keepdim=True).clamp_(min=0)
     if spec.symmetric:
         high = torch.maximum(high, -low)
         low = -high
     empty = high == low
-    low, high = low.masked_fill(empty, -1), high.masked_fill(empty, 1)
-    grid = _grid(low, high, spec)
-    return _search(counted, low, high, spec, mse) if mse > 0 else grid
+    return low.masked_fill(empty, -1), high.masked_fill(empty, 1)
 
 
 def _grid(low: Tensor, high: Tensor, spec: QuantSpec) -> Grid:
@@ -69,29 +94,13 @@ def _grid(low: Tensor, high: Tensor, spec: QuantSpec) -> Grid:
     return Grid(scales, zeros, max_code)
 
 
-def _search(weight: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, exponent: float) -> Grid:
-    best = _grid(low, high, spec)
-    least = torch.full_like(low, torch.inf)
-    for step in range(MSE_STEPS):
-        shrink = 1 - step / 100
-        grid = _grid(low * shrink, high * shrink, spec)
-        error = (grid.values(grid.codes(weight)) - weight).abs_().pow_(exponent).sum(1, keepdim=True)
-        better = error < least
-        least = torch.where(better, error, least)
-        best = Grid(
-            torch.where(better, grid.scales, best.scales),
-            torch.where(better, grid.zeros, best.zeros),
-            best.max_code,
-        )
-    return best
-
-
 def round_nearest(
     weight: Tensor, spec: QuantSpec, mse: float = 0.0, exclude: Tensor | None = None
 ) -> PackedWeight:
     """Round to nearest: every group fitted and rounded by itself; inputs in order, no ``g_idx``.
 
-    weight: [rows, K] float. The scales come back in fp16. Raises ScaleOverflowError.
+    weight: [rows, K] float. exclude: [rows, K] bool, weights that count for no range and come back
+    exactly (to fp16), by ``outliers``. The scales come back in fp16. Raises ScaleOverflowError.
     """
     size = weight.shape[1] if spec.group_size == -1 else spec.group_size
     codes, grids = [], []
@@ -100,7 +109,14 @@ def round_nearest(
         grid = fit(weight[:, group], spec, mse, None if exclude is None else exclude[:, group])
         codes.append(grid.codes(weight[:, group]).to(torch.uint8))
         grids.append(grid)
-    return pack(torch.cat(codes, 1), grids, spec)
+    return restore(weight, pack(torch.cat(codes, 1), grids, spec), exclude)
+
+
+def restore(weight: Tensor, packed: PackedWeight, exclude: Tensor | None) -> PackedWeight:
+    """``packed`` with residuals that bring the weights in ``exclude`` [rows, K] back; None: as it is."""
+    if exclude is None:
+        return packed
+    return replace(packed, outliers=SparseOverlay.of((weight - packed.dequantize()) * exclude))
 
 
 def pack(codes: Tensor, grids: list[Grid], spec: QuantSpec, g_idx: Tensor | None = None) -> PackedWeight:

@@ -1,6 +1,7 @@
 """The Hessian of a linear's output error, H = 2 E[x x^T] over its inputs x: gathered, damped, factorized."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -8,6 +9,10 @@ from torch import Tensor
 from ...kernels.layout import QuantSpec
 
 DAMPING_STEPS = 4  # each ten times the one before
+
+# none: as they come. group: the largest diagonal of H first. gar: group-aware (arXiv 2505.14638), the largest
+# first within each group, and groups by their largest, so that groups stay as they are.
+Order = Literal["none", "group", "gar"]
 
 
 class FactorizationError(ArithmeticError):
@@ -36,16 +41,20 @@ class HessianFactor:
 
     upper: [K, K], U with inverse(H + damping) = U^T U, rows and columns in the order of ``perm``.
     perm: [K] int64, the order in which columns are rounded; None: as they are.
+    groups: [K] int64, the group of each column, in the order of rounding.
     damping: what was added to H's diagonal, as a share of its mean.
     """
 
     upper: Tensor
     perm: Tensor | None
+    groups: Tensor
     damping: float
 
 
-def factorize(hessian: Tensor, spec: QuantSpec, damping: float) -> HessianFactor:
-    """Order, damp and factorize ``hessian`` [K, K] (not changed).
+def factorize(
+    hessian: Tensor, spec: QuantSpec | None, damping: float, order: Order | None = None
+) -> HessianFactor:
+    """Order, damp and factorize ``hessian`` [K, K] (not changed). order None: ``spec.actorder``.
 
     An input that was never non-zero gets a diagonal of the mean: nothing is known of it, so its column
     is rounded to nearest and takes part in no one's error. Where H is not positive definite in its
@@ -55,15 +64,38 @@ def factorize(hessian: Tensor, spec: QuantSpec, damping: float) -> HessianFactor
     if not bool(torch.isfinite(hessian).all()):
         raise FactorizationError("the calibration's activations are not finite")
     mean = float(diagonal.mean()) or 1.0
-    perm = torch.argsort(diagonal, descending=True, stable=True) if spec.actorder == "group" else None
+    if order is None:
+        order = "none" if spec is None else spec.actorder
+    size = len(diagonal) if spec is None or spec.group_size == -1 else spec.group_size
+    perm, groups = _order(diagonal, size, order, by_position=spec is None or spec.actorder == "group")
     ordered = hessian.clone() if perm is None else hessian[perm][:, perm]
     ordered.diagonal().masked_fill_(ordered.diagonal() == 0, mean)
     for step in range(DAMPING_STEPS + 1):
         share = damping * 10**step
         upper = _inverse_factor(ordered, share * mean)
         if upper is not None:
-            return HessianFactor(upper, perm, share)
+            return HessianFactor(upper, perm, groups, share)
     raise FactorizationError(f"not positive definite with a damping of {share:g}")
+
+
+def _order(diagonal: Tensor, size: int, order: Order, by_position: bool) -> tuple[Tensor | None, Tensor]:
+    """The columns in the order of rounding, and their groups in it.
+
+    by_position: with "group", groups form in the order of rounding (a g_idx says which they are); else they
+    are those of the checkpoint's order, and each column goes to its own.
+    """
+    columns = torch.arange(len(diagonal), device=diagonal.device)
+    groups = columns // size
+    if order == "none":
+        return None, groups
+    perm = torch.argsort(diagonal, descending=True, stable=True)
+    if order == "group":
+        return perm, groups if by_position else groups[perm]
+    largest = torch.full((int(groups[-1]) + 1,), -torch.inf, dtype=diagonal.dtype, device=diagonal.device)
+    largest.scatter_reduce_(0, groups, diagonal, "amax")
+    rank = torch.argsort(torch.argsort(largest, descending=True, stable=True))
+    perm = perm[torch.argsort(rank[groups[perm]], stable=True)]
+    return perm, groups[perm]
 
 
 def _inverse_factor(hessian: Tensor, shift: float) -> Tensor | None:

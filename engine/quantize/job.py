@@ -4,7 +4,7 @@ import math
 import re
 import resource
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,26 @@ from typing import Any
 from torch import Tensor
 
 from ... import __version__
-from ...kernels.layout import QuantSpec
+from ...kernels.dispatch import Ops
+from ...kernels.layout import PackedWeight, QuantSpec
 from ..documents import read_text
 from ..errors import ConfigError
+from ..formats.base import Format
 from ..formats.gptq import GPTQFormat
+from ..formats.overlay import FILE, is_extra
 from ..hardware import available_memory
 from ..model_files import resolve_model
 from ..tokenizer import Tokenizer
 from .calibrate import Calibration, load_calibration
 from .methods import get_method
-from .options import QuantizeOptions
-from .pipeline import Method, QuantizedModule
-from .source import Source
+from .options import DENSE_BITS, QuantizeOptions
+from .pipeline import Method
+from .results import QuantizedModule, Stage
+from .scratch import Scratch
+from .source import TARGET, Source
+from .storage import storage_for
+from .work import Log, Progress, Work
 from .writer import CheckpointWriter
-
-Progress = Callable[[str, int, int], None]
-Log = Callable[[str], None]
 
 _WEIGHT_FILES = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack)(\.index\.json)?", re.IGNORECASE
@@ -66,7 +70,7 @@ class Tally:
 
 
 def quantize(options: QuantizeOptions, progress: Progress, log: Log) -> dict[str, Any]:
-    """Run it. ``progress(phase, done, total)``. Returns the summary, of JSON types only.
+    """Run it. Returns the summary, of JSON types only.
 
     Errors: ConfigError and its children; then nothing new is at ``options.out``.
     """
@@ -75,46 +79,54 @@ def quantize(options: QuantizeOptions, progress: Progress, log: Log) -> dict[str
     folder, out = resolve_model(options.model, options.revision), Path(options.out).expanduser().absolute()
     if folder == out.resolve() or folder in out.resolve().parents or out.resolve() in folder.parents:
         raise ConfigError(f"OUT {out}: must be neither MODEL, nor inside it, nor around it; choose another")
-    storage = GPTQFormat(options.spec, options.storage)
     with Source(folder) as source:
-        specs, dense = choose_modules(source, storage, options.spec)
+        specs, dense = choose_modules(source, options)
         names = [name for module in specs for name in _longest_names(module)]
         with CheckpointWriter(out, [*names, *source.files], options.overwrite) as writer:
             calibration = _calibration(options, method, source, log)
             _refuse_memory(method.peak_bytes(source.config, _tokens(calibration)))
-            tally = Tally(dense)
-            progress("quantize", 0, len(specs))
-            for done, module in enumerate(method.run(source, calibration, specs), 1):
-                tensors = _stored(storage, module)
-                for name, tensor in tensors.items():
-                    writer.add(name, tensor)
-                tally.count(module, tensors.values())
-                progress("quantize", done, len(specs))
-            _copy_dense(source, writer, {name for name in specs if name not in tally.dense})
-            meta = _provenance(options, method, calibration)
-            _copy_files(source, writer, _final(storage, tally.dense, meta))
-            writer.commit()
+            with Scratch(out, options, folder) as scratch:
+                work = Work(source, specs, calibration, scratch.folder, progress, log, Ops.resolve(TARGET))
+                stage = method.run(work)
+                meta = _provenance(options, method, calibration)
+                tally = _write(stage, work, writer, storage_for(options, stage, dense, meta), dense)
+                writer.commit()
         return {"out": str(out), "seconds": time.monotonic() - started} | _summary(
             source, writer, tally, meta
         )
 
 
-def choose_modules(
-    source: Source, storage: GPTQFormat, spec: QuantSpec
-) -> tuple[dict[str, QuantSpec], dict[str, str]]:
-    """Modules to quantize, and those whose shape the format cannot express with the reason."""
+def choose_modules(source: Source, options: QuantizeOptions) -> tuple[dict[str, QuantSpec], dict[str, str]]:
+    """Modules to quantize, and those that stay dense with the reason: the shape, which the format cannot
+    express, or ``options.dynamic``."""
+    storage = GPTQFormat(options.spec, options.storage)
     specs: dict[str, QuantSpec] = {}
     dense: dict[str, str] = {}
     for _, part in source.parts():
-        reason = storage.expressible(part.out_features, part.in_features, spec)
-        if reason is None:
+        spec = _override(part.name, options)
+        reason = "left out by --dynamic" if spec is None else None
+        if spec is not None and options.bits != DENSE_BITS:
+            reason = storage.expressible(part.out_features, part.in_features, spec)
+        if spec is not None and reason is None:
             specs[part.name] = spec
         else:
+            assert reason is not None
             dense[part.name] = reason
     if not specs:
         name, reason = next(iter(dense.items()))
         raise ConfigError(f"MODEL {source.model.folder}: no module can be quantized ({name}: {reason})")
     return specs, dense
+
+
+def _override(module: str, options: QuantizeOptions) -> QuantSpec | None:
+    """How ``module`` is to be quantized: the first pattern of ``options.dynamic`` that matches decides."""
+    for pattern, override in (options.dynamic or {}).items():
+        if re.match(pattern.removeprefix("-:").removeprefix("+:"), module):
+            if pattern.startswith("-:"):
+                return None
+            named = {"bits": "num_bits"}
+            return replace(options.spec, **{named.get(key, key): value for key, value in override.items()})
+    return options.spec
 
 
 def _longest_names(module: str) -> list[str]:
@@ -156,34 +168,45 @@ def _refuse_memory(needed: int) -> None:
         )
 
 
-def _stored(storage: GPTQFormat, module: QuantizedModule) -> dict[str, Tensor]:
-    if module.weight is None:
-        return {}
+def _write(
+    stage: Stage, work: Work, writer: CheckpointWriter, storage: Format, dense: dict[str, str]
+) -> "Tally":
+    """The whole checkpoint, one block in memory; then the other files."""
+    tally, files = Tally(dense), work.source.files
+    written: set[str] = set()
+    for block in stage:
+        for module in block.modules:
+            tensors = {} if module.weight is None else _stored(storage, module.name, module.weight)
+            for name, tensor in tensors.items():
+                writer.add(name, tensor, FILE if is_extra(name) else None)
+            if tensors:
+                written.add(f"{module.name}.weight")
+            tally.count(module, tensors.values())
+        for name, tensor in block.dense.items():
+            writer.add(name, tensor.to(files.get(name).dtype))
+            written.add(name)
+    for name in files:
+        if name not in written:
+            writer.add(name, files.get(name))
+    _copy_files(work.source, writer, storage)
+    return tally
+
+
+def _stored(storage: Format, name: str, weight: PackedWeight) -> dict[str, Tensor]:
     try:
-        return storage.write(module.name, module.weight)
+        return storage.write(name, weight)
     except ValueError as error:
-        raise ConfigError(f"--checkpoint-format {storage.version}: {error}") from error
+        raise ConfigError(f"--checkpoint-format: {error}") from error
 
 
-def _copy_dense(source: Source, writer: CheckpointWriter, quantized: set[str]) -> None:
-    """Everything that was not quantized, biases too, as it is stored."""
-    for name in source.files:
-        module, _, kind = name.rpartition(".")
-        if module not in quantized or kind != "weight":
-            writer.add(name, source.files.get(name))
-
-
-def _final(storage: GPTQFormat, dense: dict[str, str], meta: dict[str, Any]) -> GPTQFormat:
-    return replace(storage, dynamic={f"-:{re.escape(name)}$": {} for name in dense}, meta=meta)
-
-
-def _copy_files(source: Source, writer: CheckpointWriter, storage: GPTQFormat) -> None:
-    folder, block = source.model.folder, storage.config_block()
+def _copy_files(source: Source, writer: CheckpointWriter, storage: Format) -> None:
+    folder, entries = source.model.folder, storage.config_entries()
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name not in _REWRITTEN and not _WEIGHT_FILES.fullmatch(path.name):
             writer.add_file(path)
-    writer.add_json("config.json", source.model.config | {"quantization_config": block})
-    writer.add_json("quantize_config.json", block)
+    writer.add_json("config.json", source.model.config | entries)
+    if "quantization_config" in entries:
+        writer.add_json("quantize_config.json", entries["quantization_config"])
 
 
 def _provenance(options: QuantizeOptions, method: Method, calibration: Calibration | None) -> dict[str, Any]:

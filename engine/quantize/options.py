@@ -1,75 +1,165 @@
 """What ``nybble quantize`` was asked for, validated once."""
 
-from dataclasses import dataclass
-from typing import Literal
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from ...kernels.layout import QuantSpec
 from ..errors import ConfigError
 
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # those that GPTQModel reads
+BITS = (2, 3, 4, 8)
+DENSE_BITS = 16  # sparse24 only: nothing is rounded, half of the weights are zero
+
+# Options that mean something to some methods only, and to which (as --method or --base). A value other than
+# the default elsewhere is a mistake, and said so.
+USERS: dict[str, tuple[str, ...]] = {
+    "base": ("requant", "gwq"),
+    "static_groups": ("gptq",),
+    "true_sequential": ("gptq", "awq", "sparse24"),
+    "awq_steps": ("awq",),
+    "prune": ("sparse24",),
+    "joint": ("sparse24",),
+    "transposable": ("sparse24",),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizeOptions:
     """model: folder or hub id. out: the new folder. Everything else has the CLI option's name.
 
+    base: the method that requant and gwq build on. transform: None: the method's own (awq for awq).
     checkpoint_format None: "gptq" (v1) for symmetric, "gptq_v2" for asymmetric weights.
     calibration None: the text in this package. damping: share of the mean of H's diagonal.
     mse: exponent of the range search, 0: off. group_size -1: one group over each row.
+    dynamic: pattern of module names -> bits, group_size, symmetric that differ; the first that matches at a
+    name's start decides, and one that begins with "-:" leaves the module dense. resume: keep finished blocks
+    when interrupted, and go on from those of the same options.
     """
 
     model: str
     out: str
     method: str = "gptq"
+    base: str = "gptq"
+    transform: Literal["none", "awq", "smoothquant"] | None = None
     revision: str | None = None
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
-    actorder: Literal["none", "group"] = "none"
+    actorder: Literal["none", "group", "gar"] = "none"
+    static_groups: bool = False
+    true_sequential: bool = True
     checkpoint_format: Literal["gptq", "gptq_v2"] | None = None
+    dynamic: Mapping[str, Mapping[str, Any]] | None = None
     calibration: str | None = None
     num_samples: int = 128
     seq_len: int = 2048
     damping: float = 0.01
     mse: float = 0.0
+    awq_steps: int = 20
+    smooth_alpha: float = 0.5
+    prune: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
+    joint: bool = True
+    transposable: bool = False
     seed: int = 0
     overwrite: bool = False
+    resume: bool = False
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in (2, 3, 4, 8):
-            raise ConfigError(f"--bits {self.bits}: use 2, 3, 4 or 8")
+        self._check_spec()
+        self._check_choices()
+        self._check_numbers()
+        self._check_users()
+
+    def _check_spec(self) -> None:
+        if self.bits == DENSE_BITS and self.method == "sparse24":
+            return
+        if self.bits not in BITS:
+            raise ConfigError(f"--bits {self.bits}: use {_or(BITS)} (16, nothing rounded, is for sparse24)")
         if self.group_size not in GROUP_SIZES:
             raise ConfigError(
                 f"--group-size {self.group_size}: use one of {', '.join(map(str, GROUP_SIZES))}"
             )
-        if self.actorder not in ("none", "group"):
-            raise ConfigError(f"--actorder {self.actorder}: use none or group")
-        if self.checkpoint_format not in (None, "gptq", "gptq_v2"):
-            raise ConfigError(f"--checkpoint-format {self.checkpoint_format}: use gptq or gptq_v2")
+        _check_dynamic(self.dynamic or {})
+
+    def _check_choices(self) -> None:
+        for option, value, choices in (
+            ("--actorder", self.actorder, ("none", "group", "gar")),
+            ("--transform", self.transform, (None, "none", "awq", "smoothquant")),
+            ("--checkpoint-format", self.checkpoint_format, (None, "gptq", "gptq_v2")),
+            ("--prune", self.prune, ("magnitude", "wanda", "sparsegpt")),
+        ):
+            if value not in choices:
+                raise ConfigError(f"{option} {value}: use {_or([c for c in choices if c is not None])}")
+
+    def _check_numbers(self) -> None:
         for option, value, least in (
             ("--num-samples", self.num_samples, 1),
             ("--seq-len", self.seq_len, 2),
+            ("--awq-steps", self.awq_steps, 1),
             ("--num-threads", self.num_threads, 1),
         ):
             if value is not None and value < least:
                 raise ConfigError(f"{option} {value}: must be at least {least}")
         if not 0 < self.damping <= 1:  # NaN fails too
             raise ConfigError(f"--damping {self.damping}: must be above 0 and at most 1")
+        if not 0 <= self.smooth_alpha <= 1:
+            raise ConfigError(f"--smooth-alpha {self.smooth_alpha}: must be from 0 to 1")
         if not (self.mse == 0 or 1 <= self.mse <= 10):
             raise ConfigError(f"--mse {self.mse}: use 0 (off) or an exponent from 1 to 10 (2.4 is usual)")
 
+    def _check_users(self) -> None:
+        composed = self.method in USERS["base"]
+        methods = (self.method, self.base) if composed else (self.method,)
+        for field in fields(self):
+            users = USERS.get(field.name)
+            if users and getattr(self, field.name) != field.default and not set(users) & set(methods):
+                option = "--" + field.name.replace("_", "-")
+                raise ConfigError(
+                    f"{option} {getattr(self, field.name)}: has no effect with --method {self.method}, only "
+                    f"with {_or(users)}; leave it out"
+                )
+
     @property
     def spec(self) -> QuantSpec:
-        """How each module is to be quantized."""
-        return QuantSpec(self.bits, self.group_size, self.symmetric, self.actorder)
+        """How each module is to be quantized that ``dynamic`` does not name."""
+        free = self.actorder == "group" and not self.static_groups
+        return QuantSpec(self.bits, self.group_size, self.symmetric, "group" if free else "none")
 
     @property
     def storage(self) -> Literal["gptq", "gptq_v2"]:
         """The checkpoint format to write."""
         return self.checkpoint_format or ("gptq" if self.symmetric else "gptq_v2")
 
-    def refuse_actorder(self, method: str, why: str) -> None:
-        """ConfigError where an order of inputs was asked for that ``method`` has no use for."""
+    def refuse_actorder(self, why: str) -> None:
+        """ConfigError where an order of inputs was asked for that the method has no use for."""
         if self.actorder != "none":
-            raise ConfigError(f"--actorder {self.actorder}: {method} has no order, {why}; use none, or gptq")
+            raise ConfigError(
+                f"--actorder {self.actorder}: {self.method} has no order, {why}; use none, or gptq"
+            )
+
+
+def _or(values: "tuple[Any, ...] | list[Any]") -> str:
+    return " or ".join(filter(None, (", ".join(map(str, values[:-1])), str(values[-1]))))
+
+
+def _check_dynamic(dynamic: Mapping[str, Any]) -> None:
+    for pattern, override in dynamic.items():
+        where = f"--dynamic {str(pattern)[:100]!r}"
+        try:
+            re.compile(pattern.removeprefix("-:").removeprefix("+:"))
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ConfigError(f"{where}: is no regular expression ({error})") from error
+        if not isinstance(override, Mapping):
+            raise ConfigError(f"{where}: expected an object of bits, group_size and symmetric")
+        for key, value in override.items():
+            if value in {"bits": BITS, "group_size": GROUP_SIZES}.get(key, ()):
+                continue
+            if key == "symmetric" and isinstance(value, bool):
+                continue
+            raise ConfigError(
+                f"{where}: {key} {value}: use bits ({_or(BITS)}), group_size "
+                f"({_or(GROUP_SIZES)}) and symmetric (true or false)"
+            )

@@ -1,13 +1,17 @@
-"""Round to nearest: no statistics, one module in memory. The baseline that every other method must beat."""
+"""Round to nearest: no statistics, one block in memory. The baseline that every other method must beat."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from ...kernels.layout import PackedWeight, QuantSpec
 from ..model.config import ModelConfig
-from .calibrate import Calibration
+from .grid import round_nearest
 from .options import QuantizeOptions
-from .pipeline import QuantizedModule, Specs, modulewise
-from .source import Source
+from .pipeline import Recipe, ToRound
+from .rounding import matrix_bytes
+from .transforms import get_transform
+from .work import Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,22 +20,29 @@ class RTN:
 
     mse: float = 0.0
     statistics = ""
-
-    @classmethod
-    def from_options(cls, options: QuantizeOptions) -> "RTN":
-        """Raises ConfigError for an option that rounding to nearest has no use for."""
-        options.refuse_actorder("rtn", "it rounds every weight by itself")
-        return cls(options.mse)
+    needs_inputs = False
+    rows_independent = True
 
     def settings(self) -> dict[str, object]:
-        """See Method."""
+        """See Rounder."""
         return {"mse": self.mse}
 
     def peak_bytes(self, config: ModelConfig, num_tokens: int) -> int:
-        """One module: as stored, in fp32, and five times that for rounding, errors and packing."""
-        widest = max(config.intermediate_size, config.num_heads * config.head_dim)
-        return 24 * widest * config.hidden_size
+        """Five of the widest slot's weight, for rounding, errors and packing."""
+        return matrix_bytes(config, squares=0, weights=5)
 
-    def run(self, source: Source, calibration: Calibration | None, specs: Specs) -> Iterator[QuantizedModule]:
-        """See Method."""
-        return modulewise(source, specs, self.mse)
+    def begin(self, work: Work) -> None:
+        """Nothing."""
+
+    def prepare(self, hessian: Tensor | None, spec: QuantSpec) -> None:
+        """Nothing."""
+
+    def round(self, module: ToRound, stats: None) -> PackedWeight:
+        """See Rounder."""
+        return round_nearest(module.weight, module.spec, self.mse, module.exclude)
+
+
+def recipe(options: QuantizeOptions) -> Recipe:
+    """--method rtn. Raises ConfigError for an option that rounding to nearest has no use for."""
+    options.refuse_actorder("it rounds every weight by itself")
+    return Recipe(RTN(options.mse), get_transform(options))

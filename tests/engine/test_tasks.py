@@ -40,7 +40,7 @@ def test_quantize_then_evaluate_then_check(folder: Path, tmp_path: Path) -> None
     assert events[0]["event"] == "log"
     assert events[0]["line"].startswith("calibration: 4 sequences")
     progress = [event for event in events if event["event"] == "progress"]
-    assert progress[0] == {"event": "progress", "phase": "quantize", "done": 0, "total": 21}
+    assert progress[0] == {"event": "progress", "phase": "quantize", "done": 0, "total": 21, "layer": 0}
     assert progress[-1]["done"] == 21
     assert [event["event"] for event in events].count("result") == 1
     assert events[-1]["event"] == "result"

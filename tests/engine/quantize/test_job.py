@@ -10,7 +10,7 @@ import pytest
 import torch
 from nybble.engine.check import check_model
 from nybble.engine.documents import read_text
-from nybble.engine.errors import ConfigError
+from nybble.engine.errors import ConfigError, LayerError
 from nybble.engine.formats.registry import get_format
 from nybble.engine.formats.safetensors_files import SafetensorsFiles
 from nybble.engine.model_files import ModelFiles
@@ -19,6 +19,7 @@ from nybble.engine.quantize.calibrate import Calibration, load_calibration
 from nybble.engine.quantize.gptq import GPTQ, round_gptq
 from nybble.engine.quantize.job import quantize
 from nybble.engine.quantize.options import QuantizeOptions
+from nybble.engine.quantize.pipeline import Recipe
 from nybble.engine.tokenizer import Tokenizer
 from nybble.kernels.layout import PackedWeight, QuantSpec
 from safetensors.torch import load_file, save_file
@@ -169,7 +170,7 @@ def test_scales_beyond_fp16_stay_dense_with_a_name(make_model: Any, tmp_path: Pa
         load_decoder(tmp_path / method)
 
 
-def test_a_hessian_without_a_factor_falls_back_by_name(
+def test_a_hessian_without_a_factor_is_an_error_that_names_the_module(
     make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = make_model("llama")
@@ -180,14 +181,12 @@ def test_a_hessian_without_a_factor_falls_back_by_name(
         return hessian.factorize(matrix, spec, 0.01)
 
     monkeypatch.setattr(GPTQ, "prepare", refuse)
-    summary = run(folder, tmp_path / "out")
-    assert len(summary["warnings"]) == 3
-    assert "model.layers.0.mlp.down_proj: rounded to nearest" in summary["warnings"][0]
-    assert "as the test wants it" in summary["warnings"][0]
-    monkeypatch.undo()
-    run(folder, tmp_path / "rtn", method="rtn")
-    fallen = read_module(tmp_path / "out", "model.layers.2.mlp.down_proj")
-    assert torch.equal(fallen.values, read_module(tmp_path / "rtn", "model.layers.2.mlp.down_proj").values)
+    with pytest.raises(
+        LayerError, match=r"down_proj: .* \(as the test wants it\); raise --damping"
+    ) as caught:
+        run(folder, tmp_path / "out")
+    assert caught.value.layer == "model.layers.0.mlp.down_proj"
+    assert [p.name for p in tmp_path.iterdir()] == ["original"]
 
 
 def test_everything_else_is_copied(make_model: Any, tmp_path: Path) -> None:
@@ -266,7 +265,7 @@ def test_a_zero_point_of_0_is_refused_in_v1(make_model: Any, tmp_path: Path) -> 
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.2.mlp.up_proj.weight"][5, 32:64].abs_()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ConfigError, match=r"--checkpoint-format gptq: model.layers.2.mlp.up_proj.*gptq_v2"):
+    with pytest.raises(ConfigError, match=r"--checkpoint-format: model.layers.2.mlp.up_proj.*gptq_v2"):
         run(folder, tmp_path / "again", **options)
     assert not (tmp_path / "again").exists()
 
@@ -294,7 +293,7 @@ def test_out_is_never_overwritten_unasked(make_model: Any, tmp_path: Path) -> No
 def test_an_interrupt_leaves_nothing(make_model: Any, tmp_path: Path) -> None:
     folder, _ = make_model("llama")
 
-    def interrupt(phase: str, done: int, total: int) -> None:
+    def interrupt(phase: str, done: int, total: int, *_: Any) -> None:
         if done == 5:
             raise KeyboardInterrupt
 
@@ -320,7 +319,7 @@ def test_the_bound_of_memory_holds(make_model: Any, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the cat and the dog " * 4000)
     peak = peak_of_tensors(lambda: run(folder, tmp_path / "out", calibration=str(text), num_samples=50))
-    assert peak <= GPTQ().peak_bytes(config, 50 * 32)
+    assert peak <= Recipe(GPTQ()).peak_bytes(config, 50 * 32)
 
 
 def peak_of_tensors(work: Any) -> int:

@@ -1,0 +1,79 @@
+"""The folder that a run keeps its finished blocks in, hidden beside the checkpoint that it makes."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ..errors import ConfigError
+from .options import QuantizeOptions
+
+_NO_MATTER = ("out", "overwrite", "resume", "num_threads")  # to what the blocks hold
+
+
+class Scratch:
+    """A context manager. Without ``options.resume`` the folder is new, and gone in the end in every case.
+
+    With it, its name is fixed; what a run of the same options and the same model left is taken over, and only
+    success removes it. Errors: ConfigError where another process works in it, or it cannot be written.
+    """
+
+    def __init__(self, out: Path, options: QuantizeOptions, model: Path) -> None:
+        self._keep = options.resume
+        self._out = out
+        self._print = _fingerprint(options, model)
+        self.folder = resumable(out) if options.resume else out.parent / f".{out.name}.{os.getpid()}.work"
+        self._lock = -1
+
+    def __enter__(self) -> Self:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            note = self.folder / "run.json"
+            if not note.exists() or note.read_text() != self._print:
+                for path in self.folder.iterdir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                note.write_text(self._print)
+        except BlockingIOError as error:
+            os.close(self._lock)
+            raise ConfigError(
+                f"OUT {self._out}: another run is making it; wait, or choose another"
+            ) from error
+        except OSError as error:
+            raise ConfigError(f"OUT {self._out}: cannot be written ({error.strerror or error})") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or not self._keep:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
+
+
+def resumable(out: Path) -> Path:
+    """Where a run with ``resume`` that makes ``out`` keeps its blocks."""
+    return out.parent / f".{out.name}.work"
+
+
+def _fingerprint(options: QuantizeOptions, model: Path) -> str:
+    """Of whatever the blocks depend on."""
+    given = {name: value for name, value in asdict(options).items() if name not in _NO_MATTER}
+    files = {
+        path.name: [path.stat().st_size, path.stat().st_mtime_ns]
+        for path in sorted(model.iterdir())
+        if path.suffix in (".json", ".safetensors")
+    }
+    if options.calibration is not None:
+        given["calibration_sha256"] = _digest(Path(options.calibration).expanduser())
+    return json.dumps({"options": given, "model": files}, sort_keys=True)
+
+
+def _digest(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

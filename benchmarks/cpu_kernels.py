@@ -26,7 +26,7 @@ from nybble.kernels.cpu.abi import compile_kernel, word
 from nybble.kernels.cpu.compiled import kernels_for
 from nybble.kernels.cpu.int8_tile import VNNI
 from nybble.kernels.cpu.ir import I8, I16, I32, Emitter
-from nybble.kernels.cpu.numba_linear import instruction_set
+from nybble.kernels.cpu.numba_linear import bf16_refusal, instruction_set
 from nybble.kernels.cpu.pool import RECORD_WORDS, Pool
 from nybble.kernels.cpu.recorder import Recorder
 from nybble.kernels.cpu.tape import Inputs, Tape
@@ -41,7 +41,7 @@ _CHAINS = 12  # independent sums: enough to hide an instruction's latency
 
 @dataclass(frozen=True)
 class Case:
-    """One linear: ``variant`` is "plain", "overlay", "2:4" or "exact"."""
+    """One linear: ``variant`` is "plain", "overlay", "2:4", "exact" or "bf16"."""
 
     variant: str
     bits: int
@@ -116,6 +116,8 @@ def make_variants(bits: int, rows: int, cols: int) -> dict[str, LowBitWeight]:
     chosen = torch.rand(rows, cols, generator=rng) < OUTLIERS
     residuals = SparseOverlay.of(torch.randn(rows, cols, generator=rng) * chosen)
     variants = {"plain": plain, "overlay": pack_low_bit(replace(weight, outliers=residuals)), "exact": plain}
+    if bf16_refusal(Target(cpu_features=cpu_features(), cpu_kernels="auto")) is None:
+        variants["bf16"] = plain
     if bits == 4:
         kept = codes.view(rows, cols // 4, 4).clone()
         kept[torch.rand(kept.shape, generator=rng).argsort(2) < 2] = 8
@@ -132,7 +134,7 @@ def rotated(
     out = None
     for _ in range(copies):
         x = torch.randn(tokens, weight.in_features)  # its own, so that it is quantized for each
-        out = recorder.linear([copied(weight)], x, int8=variant != "exact")
+        out = recorder.linear([copied(weight)], x, {"exact": "fp32", "bf16": "bf16"}.get(variant, "int8"))
     assert out is not None
     tape: Tape = recorder.finish(out)
     return lambda: tape.run(pool), copies

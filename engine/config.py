@@ -8,7 +8,7 @@ from .errors import ConfigError
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 CpuKernels = Literal["auto", "vnni", "avx2", "torch"]
-CpuActivations = Literal["int8", "fp32"]
+CpuActivations = Literal["int8", "bf16", "fp32"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from ..kernels.paged import AttentionPlan, PagedSequence, PlanOptions, plan_atte
 from .model.decoder import Decoder
 from .records import KVSpec
 
-TAPE_KERNELS = frozenset({"cpu-int8-24", "cpu-int8", "cpu-fp32", "cpu-dense"})
+TAPE_KERNELS = frozenset({"cpu-int8-24", "cpu-int8", "cpu-bf16", "cpu-fp32", "cpu-dense"})
 _GATHER_BYTES = 64 << 20  # one padded batch of gathered pages of one layer
 
 

@@ -66,8 +66,9 @@ class _Recorded:
         return sum(part.nbytes for part in self._parts)
 
     def __call__(self, x: Tensor) -> Tensor:
-        int8 = any(part.int8 for part in self._parts)
-        return self._recorder.linear([part.weight for part in self._parts], x, int8)
+        # Dense parts say "fp32" and do not mind what low-bit ones beside them meet.
+        rounded = (part.activations for part in self._parts if part.activations != "fp32")
+        return self._recorder.linear([part.weight for part in self._parts], x, next(rounded, "fp32"))
 
 
 def _compiled_parts(linear: Linear) -> list[CompiledLinear]:

@@ -29,7 +29,7 @@ class Target:
     dtype: torch.dtype = torch.float32
     cpu_features: frozenset[str] = field(default_factory=frozenset)
     cpu_kernels: str = "torch"  # "auto", "vnni", "avx2": compiled ones; "torch": torch's own
-    cpu_activations: str = "fp32"  # what low-bit weights meet in compiled kernels: "int8" or "fp32"
+    cpu_activations: str = "fp32"  # what low-bit weights meet in compiled kernels: "int8", "bf16", "fp32"
 
     @property
     def activation_dtype(self) -> torch.dtype:
@@ -115,6 +115,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "linear": (
         ".cpu.numba_linear:sparse_24",
         ".cpu.numba_linear:low_bit_int8",
+        ".cpu.numba_linear:low_bit_bf16",
         ".cpu.numba_linear:low_bit_fp32",
         ".cpu.numba_linear:dense",
         ".cpu.linear:dense_fp16",

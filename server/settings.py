@@ -14,6 +14,7 @@ from ..engine.tokenizer import POOL_ENVIRONMENT
 
 PREFIX = "NYBBLE_"
 # Read by the Makefile's bootstrap, not by the server.
+_SECRET = frozenset({"api_key", "admin_key", "database_url"})
 _OTHERS = frozenset({"NYBBLE_TORCH"})
 # What Kubernetes sets in every pod for a Service named "nybble", unless enableServiceLinks is false.
 _SERVICE_LINK = re.compile(
@@ -37,6 +38,12 @@ def parse_size(value: object) -> object:
 
 def _split_keys(value: object) -> object:
     return tuple(value.split()) if isinstance(value, str) else value
+
+
+def _check_key(key: SecretStr) -> None:
+    text = key.get_secret_value()
+    if not text or any(character.isspace() for character in text):
+        raise ValueError("a key must not be empty or hold blanks")
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]
@@ -89,8 +96,8 @@ class Settings(BaseSettings):
     )
     cpu_activations: CpuActivations | None = Field(
         None,
-        description="what low-bit weights meet in compiled kernels; fp32 is exact "
-        "(default: int8, fp32 with --dtype float32)",
+        description="what low-bit weights meet in compiled kernels: int8 is fastest, fp32 exact, bf16 takes "
+        "AVX512-BF16 (default: int8, fp32 with --dtype float32)",
     )
     lm_head_bits: int | None = Field(
         None, description="round a dense output head to 8 or 4 bits at load (default: as stored)"
@@ -101,6 +108,26 @@ class Settings(BaseSettings):
         (),
         description="a key that requests must bring; repeatable (NYBBLE_API_KEY: separated by spaces)",
     )
+    admin_key: SecretStr | None = Field(
+        None,
+        description="the key of the routes that quantize, load and unload models (default: they are off)",
+    )
+    models_dir: Path | None = Field(
+        None, description="the folder that quantization jobs write to and that models are loaded from"
+    )
+    data_dir: Path | None = Field(None, description="the folder of calibration files that jobs may name")
+    database_url: str | None = Field(
+        None,
+        description="where jobs are kept, as SQLAlchemy writes it: postgresql+psycopg://USER:PASSWORD@HOST/NAME "
+        "(default: SQLite in --models-dir)",
+    )
+    quantize_threads: int = Field(1, ge=1, description="threads of a quantization job")
+    quantize_memory: Size | None = Field(
+        None,
+        ge=1 << 28,
+        description="bytes that a quantization job may allocate, as 8GiB (default: no limit)",
+    )
+
     max_queued_requests: int = Field(
         256, ge=1, description="sequences that may wait for their turn; more get a 429"
     )
@@ -131,12 +158,27 @@ class Settings(BaseSettings):
 
     @field_validator("api_key")
     @classmethod
-    def _not_blank(cls, keys: tuple[SecretStr, ...], info: Any) -> tuple[SecretStr, ...]:
+    def _not_blank(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
         for key in keys:
-            text = key.get_secret_value()
-            if not text or any(character.isspace() for character in text):
-                raise ValueError("a key must not be empty or hold blanks")
+            _check_key(key)
         return keys
+
+    @field_validator("admin_key")
+    @classmethod
+    def _no_blank_admin_key(cls, key: SecretStr | None) -> SecretStr | None:
+        if key is not None:
+            _check_key(key)
+        return key
+
+    @field_validator("models_dir", "data_dir")
+    @classmethod
+    def _existing(cls, path: Path | None) -> Path | None:
+        if path is None:
+            return None
+        folder = path.expanduser().resolve()
+        if not folder.is_dir():
+            raise ValueError("no such folder; make it first")
+        return folder
 
     def engine_config(self, folder: Path) -> EngineConfig:
         """What the engine needs of these options. Errors: ConfigError."""
@@ -182,7 +224,7 @@ def load_settings(given: dict[str, Any]) -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         field = str(first["loc"][0]) if first["loc"] else "options"
-        value = "" if field == "api_key" else f" {first['input']!r:.80}"
+        value = "" if field in _SECRET else f" {first['input']!r:.80}"
         source = "" if field in given else f" (from {PREFIX}{field.upper()})"
         raise ConfigError(f"{option_name(field)}{value}{source}: {first['msg']}") from error
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...kernels.cpu.numba_linear import bf16_refusal
 from ...kernels.dispatch import Target
 from ...kernels.layout import PackedWeight, QuantSpec
 from ..config import EngineConfig
@@ -122,7 +123,14 @@ def resolve_target(
         if dtype == torch.bfloat16 and device == "cpu":
             dtype = torch.float16
     features = cpu_features() if device == "cpu" else frozenset()
-    return Target(device, dtype, features, config.cpu_kernels, config.low_bit_activations)
+    target = Target(device, dtype, features, config.cpu_kernels, config.low_bit_activations)
+    refusal = bf16_refusal(target) if target.is_cpu and config.cpu_activations == "bf16" else None
+    if refusal is not None:
+        raise ConfigError(
+            f"--cpu-activations bf16: {refusal}; it takes AVX512-BF16, numba and --cpu-kernels auto or vnni; "
+            "use int8 or fp32"
+        )
+    return target
 
 
 def _stored_dtype(checkpoint_format: Format, found: Mapping[str, TensorInfo]) -> torch.dtype:

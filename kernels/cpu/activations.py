@@ -1,8 +1,9 @@
-"""Activations to int8: per token and group of 32 inputs, symmetric, rounded to nearest even.
+"""Activations to int8: per token and group of 32 inputs, symmetric, rounded to nearest even; or to bf16.
 
 x8 = rint(x * 127 / amax), xs = amax / 127, error at most amax / 254 per element. Written in tiles of tokens
-as ``int8_tile.tile`` reads them; sums = -(sum of the group's int8) * offset. For 2:4 weights ("octets"),
-tiles are int64 [K / 8, tokens], eight inputs of a token each, as x8 + 128.
+as ``int8_tile.tile`` reads them (QUADS); sums = -(sum of the group's int8) * offset. For 2:4 weights
+(OCTETS) tiles are int64 [K / 8, tokens], eight inputs of a token each, as x8 + 128. PAIRS of bf16 are as
+``bf16_linear`` reads them, without xs, and their sums are fp32.
 """
 
 from typing import Any
@@ -14,17 +15,18 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .abi import word
-from .ir import F32, I8, I32, Emitter
+from .ir import BF16, F32, I8, I16, I32, Emitter
 from .vectors import literal, load_f32, load_i32, store_f32
 
 CHUNK = 120  # tokens whose activations a GEMM keeps in cache; a multiple of every largest tile (8 and 3)
+QUADS, OCTETS, PAIRS = 0, 1, 2
 
 
 @intrinsic(prefer_literal=True)
 def _quantize_tile(
     typingctx: Any,
     tokens: Any,
-    octets: Any,
+    form: Any,
     x: Any,
     ldx: Any,
     x8: Any,
@@ -34,7 +36,7 @@ def _quantize_tile(
     offset: Any,
 ) -> Any:
     """``tokens`` rows of fp32 at x (row stride ldx floats) into one tile."""
-    count, in_octets = literal(tokens), literal(octets)
+    count, form_ = literal(tokens), literal(form)
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
         _, _, x, ldx, x8, xs, sums, groups, offset = arguments
@@ -43,40 +45,71 @@ def _quantize_tile(
         with cgutils.for_range(builder, groups) as loop:
             g = loop.index
             for m in range(count):
+                at = [emit.scaled(g, 4 * count), 4 * m]
                 value = emit.load(floats, emit.offset(x, emit.scaled(g, 128), emit.scaled(ldx, 4 * m)), 4)
-                magnitude = emit.call("llvm.fabs.v32f32", floats, [value])
-                top = emit.call("llvm.vector.reduce.fmax.v32f32", F32, [magnitude])
+                if form_ == PAIRS:
+                    base = emit.offset(x8, emit.scaled(g, 64 * count), 4 * m)
+                    total = _store_pairs(emit, value, base, 4 * count)
+                    scale = builder.fneg(builder.sitofp(offset, F32))
+                    emit.store(builder.fmul(total, scale), emit.offset(sums, *at), 4)
+                    continue
+                # As integers magnitudes have the same order, with NaN above all: it reaches the scale.
+                magnitude = builder.and_(builder.bitcast(value, ints), emit.constant(I32, 0x7FFFFFFF, 32))
+                top = builder.bitcast(emit.call("llvm.vector.reduce.umax.v32i32", I32, [magnitude]), F32)
                 # A group of zeros keeps a scale that is not zero, so that 127 / amax stays finite.
-                top = builder.select(builder.fcmp_ordered(">", top, F32(1e-20)), top, F32(1e-20))
+                top = builder.select(builder.fcmp_ordered("<", top, F32(1e-20)), F32(1e-20), top)
                 scaled = builder.fmul(value, emit.splat(builder.fdiv(F32(127.0), top), 32))
                 rounded = builder.fptosi(emit.call("llvm.rint.v32f32", floats, [scaled]), ints)
-                at = [emit.scaled(g, 4 * count), 4 * m]
                 emit.store(builder.fmul(top, F32(1 / 127)), emit.offset(xs, *at), 4)
                 total = emit.call("llvm.vector.reduce.add.v32i32", I32, [rounded])
                 emit.store(
                     builder.neg(builder.mul(total, builder.trunc(offset, I32))), emit.offset(sums, *at), 4
                 )
-                if in_octets:
+                if form_ == OCTETS:
                     rounded = builder.add(rounded, emit.constant(I32, 128, 32))
                 quads = builder.bitcast(builder.trunc(rounded, ir.VectorType(I8, 32)), ir.VectorType(I32, 8))
                 base = emit.offset(x8, emit.scaled(g, 32 * count))
                 for quad in range(8):
                     word_ = builder.extract_element(quads, I32(quad))
-                    place = (quad // 2 * count + m) * 2 + quad % 2 if in_octets else quad * count + m
+                    place = (quad // 2 * count + m) * 2 + quad % 2 if form_ == OCTETS else quad * count + m
                     emit.store(word_, emit.offset(base, place * 4), 4)
         return context.get_dummy_value()
 
-    return types.void(tokens, octets, *([types.intp] * 7)), codegen
+    return types.void(tokens, form, *([types.intp] * 7)), codegen
 
 
-def quantize_kernel(tiles: tuple[int, int, int], octets: bool) -> Any:
+def _store_pairs(emit: Emitter, value: ir.Value, base: ir.Value, stride: int) -> ir.Value:
+    """32 fp32 as 16 pairs of bf16, ``stride`` bytes apart; returns the sum of what they became.
+
+    Of each four the pairs are (0, 2) and (1, 3). NaN stays NaN. Summed by halves: in one order for any tile.
+    """
+    builder = emit.builder
+
+    def part(vector: ir.Value, indices: list[int]) -> ir.Value:
+        return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, len(indices)), indices))
+
+    halves = [part(value, list(range(start, start + 16))) for start in (16, 0)]
+    rounded = emit.call("llvm.x86.avx512bf16.cvtne2ps2bf16.512", ir.VectorType(BF16, 32), halves)
+    bits = builder.bitcast(rounded, ir.VectorType(I16, 32))
+    order = [4 * quad + t for quad in range(8) for t in (0, 2, 1, 3)]
+    pairs = builder.bitcast(part(bits, order), ir.VectorType(I32, 16))
+    for index in range(16):
+        emit.store(builder.extract_element(pairs, I32(index)), emit.offset(base, stride * index), 4)
+    wide = builder.shl(builder.zext(bits, ir.VectorType(I32, 32)), emit.constant(I32, 16, 32))
+    total = builder.bitcast(wide, ir.VectorType(F32, 32))
+    for width in (16, 8, 4, 2, 1):
+        total = builder.fadd(part(total, list(range(width))), part(total, list(range(width, 2 * width))))
+    return builder.extract_element(total, I32(0))
+
+
+def quantize_kernel(tiles: tuple[int, int, int], form: int) -> Any:
     """The kernel for an instruction set's tile sizes (largest first, then 1). Rows are the unit of threads.
 
     args: x, ldx (floats), K, groups, address of the number of tokens, x8, xs, sums, offset,
     perm (int32 [32 * groups], -1: zero; or 0), scratch, scratch bytes per thread.
     """
     big, mid, small = tiles
-    kind = int(octets)
+    word_bytes = 64 if form == PAIRS else 32  # of a group
 
     def quantize(args, thread, num_threads):
         x = word(args, 0)
@@ -107,15 +140,15 @@ def quantize_kernel(tiles: tuple[int, int, int], octets: bool) -> Any:
                 for i in range(count):
                     gather_row(row + i * ldx * 4, size, groups * 32, perm, scratch + i * groups * 128)
                 row, ld = scratch, groups * 32
-            a, b, c = x8 + m * groups * 32, xs + m * groups * 4, sums + m * groups * 4
+            a, b, c = x8 + m * groups * word_bytes, xs + m * groups * 4, sums + m * groups * 4
             if count == big:
-                _quantize_tile(big, kind, row, ld, a, b, c, groups, offset)
+                _quantize_tile(big, form, row, ld, a, b, c, groups, offset)
             elif count == mid:
-                _quantize_tile(mid, kind, row, ld, a, b, c, groups, offset)
+                _quantize_tile(mid, form, row, ld, a, b, c, groups, offset)
             elif count == small:
-                _quantize_tile(small, kind, row, ld, a, b, c, groups, offset)
+                _quantize_tile(small, form, row, ld, a, b, c, groups, offset)
             else:
-                _quantize_tile(1, kind, row, ld, a, b, c, groups, offset)
+                _quantize_tile(1, form, row, ld, a, b, c, groups, offset)
             m += count
 
     return quantize

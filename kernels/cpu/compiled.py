@@ -26,7 +26,7 @@ class CompiledLinear:
 
     weight: LowBitWeight | DenseWeight
     isa: str
-    int8: bool
+    activations: str  # what low-bit weights meet: "int8", "bf16" or "fp32"
 
     @property
     def nbytes(self) -> int:
@@ -39,21 +39,21 @@ class CompiledLinear:
         inputs = Inputs(max(1, x.shape[0]))
         inputs.tokens[0] = x.shape[0]
         recorder = Recorder(kernels_for(self.isa), inputs, num_threads=1)
-        tape = recorder.finish(recorder.linear([self.weight], rows, self.int8))
+        tape = recorder.finish(recorder.linear([self.weight], rows, self.activations))
         tape.run(Pool(1))
         return tape.output[: x.shape[0]].clone()
 
 
-def compile_low_bit(weight: PackedWeight, isa: str, int8: bool) -> CompiledLinear:
-    """A quantized weight in L16."""
-    return CompiledLinear(pack_low_bit(weight), isa, int8)
+def compile_low_bit(weight: PackedWeight, isa: str, activations: str) -> CompiledLinear:
+    """A quantized weight in L16, over "int8", "bf16" (AVX512-BF16) or "fp32" activations."""
+    return CompiledLinear(pack_low_bit(weight), isa, activations)
 
 
 def compile_24(weight: PackedWeight, isa: str) -> CompiledLinear:
     """An int4 weight with 2:4 sparsity, over int8 activations."""
-    return CompiledLinear(pack_low_bit(weight, sparse=True), isa, int8=True)
+    return CompiledLinear(pack_low_bit(weight, sparse=True), isa, "int8")
 
 
 def compile_dense(weight: PackedWeight, isa: str, dtype: torch.dtype) -> CompiledLinear:
     """A dense weight of ``dtype`` in blocks of 16 outputs."""
-    return CompiledLinear(pack_dense(weight, dtype), isa, int8=False)
+    return CompiledLinear(pack_dense(weight, dtype), isa, "fp32")

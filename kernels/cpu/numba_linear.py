@@ -38,26 +38,38 @@ def why_not(target: Target) -> str | None:
     return None
 
 
+def bf16_refusal(target: Target) -> str | None:
+    """Why low-bit weights cannot meet bf16 activations on a target, or None; each says what would help."""
+    reason = why_not(target)
+    if reason is not None:
+        return reason
+    if "avx512_bf16" not in target.cpu_features:
+        return "the CPU lacks AVX512-BF16 (avx512_bf16)"
+    if instruction_set(target) != "vnni":
+        return f"it needs AVX-512, --cpu-kernels {target.cpu_kernels} excludes that"
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class LowBitKernel:
     """Takes quantized weights of any bits, groups, order and shape."""
 
     name: str
-    int8: bool
+    activations: str
 
     def refuses(self, target: Target, *, weight: WeightTraits) -> str | None:
         """Why it cannot take the weight, or None."""
         if weight.spec is None:
             return "takes quantized weights only"
-        if self.int8 != (target.cpu_activations == "int8"):
+        if self.activations != target.cpu_activations:
             return f"--cpu-activations {target.cpu_activations} was asked for"
         if not weight.max_abs <= _FP16_MAX * 2.0**weight.spec.num_bits:
             return "a scale overflows fp16"
-        return why_not(target)
+        return bf16_refusal(target) if self.activations == "bf16" else why_not(target)
 
     def repack(self, weight: PackedWeight, target: Target) -> PackedLinear:
         """Lay out in L16."""
-        linear: PackedLinear = _compiled().compile_low_bit(weight, instruction_set(target), self.int8)
+        linear: PackedLinear = _compiled().compile_low_bit(weight, instruction_set(target), self.activations)
         return linear
 
 
@@ -102,7 +114,8 @@ def _compiled() -> Any:
     return import_module(".compiled", __package__)
 
 
-low_bit_int8 = LowBitKernel("cpu-int8", int8=True)
-low_bit_fp32 = LowBitKernel("cpu-fp32", int8=False)
+low_bit_int8 = LowBitKernel("cpu-int8", "int8")
+low_bit_bf16 = LowBitKernel("cpu-bf16", "bf16")
+low_bit_fp32 = LowBitKernel("cpu-fp32", "fp32")
 sparse_24 = Sparse24Kernel()
 dense = DenseKernel()

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import activations, exact_linear, int8_linear, overlay, paged_attention, rows, sparse24
+from . import bf16_linear, exact_linear, int8_linear, overlay, paged_attention, rows, sparse24
 from .abi import compile_kernel
+from .activations import OCTETS, PAIRS, QUADS, quantize_kernel
 from .l16 import GROUP, ROWS, padded
 from .tape import BY_COLUMNS, BY_HEADS, BY_ROWS, Call, Inputs, Scratch, Tape, build_tape
 from .vectors import FLOAT32
@@ -137,20 +138,20 @@ class Recorder:
         self._call(kernel, (q, _ld(q), out, _ld(out), *pages, *spans, *scratch), BY_HEADS)
         return out
 
-    def linear(self, weights: Sequence[LowBitWeight | DenseWeight], x: Tensor, int8: bool) -> Tensor:
+    def linear(self, weights: Sequence[LowBitWeight | DenseWeight], x: Tensor, activations: str) -> Tensor:
         """x [T, K] times weights side by side: [T, sum of their outputs].
 
-        ``int8``: low-bit weights meet int8 activations (fast); else fp32 ones (exact).
+        ``activations``: what low-bit weights meet, "int8" (fast), "bf16" or "fp32" (exact).
         """
         starts = [sum(w.out_features for w in weights[:i]) for i in range(len(weights))]
         # A part writes whole blocks: its padding lies where the next part, computed after it, begins.
         needed = max(start + ROWS * w.blocks for start, w in zip(starts, weights, strict=True))
         out = self.buffer(needed)[:, : sum(w.out_features for w in weights)]
         for start, weight in zip(starts, weights, strict=True):
-            self._part(weight, x, out[:, start : start + weight.out_features], int8)
+            self._part(weight, x, out[:, start : start + weight.out_features], activations)
         return out
 
-    def _part(self, weight: LowBitWeight | DenseWeight, x: Tensor, out: Tensor, int8: bool) -> None:
+    def _part(self, weight: LowBitWeight | DenseWeight, x: Tensor, out: Tensor, activations: str) -> None:
         isa, tokens = self.kernels.isa, self.inputs.tokens
         if weight.bias is not None:
             args: tuple[Any, ...] = (weight.bias, weight.blocks * ROWS, out, _ld(out), tokens)
@@ -162,26 +163,36 @@ class Recorder:
             ordered = self._ordered(x, weight.groups, None)
             args = (weight.values, 0, 0, ordered, _ld(ordered), tokens, out, _ld(out), *shape)
         else:
-            asym = weight.zeros is not None
-            packed = (weight.codes, weight.scales, weight.zeros if asym else 0)
-            if weight.sparse:
-                assert int8
-                kernel = self.kernels.get(sparse24.kernel_24, isa)
-                x8, scales, _ = self._quantize(weight, x)
-                args = (weight.codes, weight.scales, x8, scales, out, tokens, _ld(out), *shape)
-            elif int8:
-                kernel = self.kernels.get(int8_linear.int8_kernel, isa, weight.num_bits, asym)
-                args = (*packed, *self._quantize(weight, x), out, tokens, _ld(out), *shape)
-            else:
-                kernel = self.kernels.get(exact_linear.exact_kernel, isa, weight.num_bits, FLOAT32, asym)
-                ordered = self._ordered(x, weight.groups, weight.perm)
-                args = (*packed, ordered, _ld(ordered), tokens, out, _ld(out), *shape)
+            kernel, args = self._low_bit(weight, x, out, activations)
         add = None
         if isinstance(weight, LowBitWeight) and weight.overlay is not None:
             add = self._overlay(weight.overlay, x, out, weight.blocks)
         self._call(kernel, args, BY_COLUMNS)
         if add is not None:
             self._calls.append(add)
+
+    def _low_bit(
+        self, weight: LowBitWeight, x: Tensor, out: Tensor, activations: str
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """The kernel of a low-bit weight and its arguments."""
+        get, isa, tokens = self.kernels.get, self.kernels.isa, self.inputs.tokens
+        bits, asym = weight.num_bits, weight.zeros is not None
+        weights = (weight.codes, weight.scales, weight.zeros if asym else 0)
+        shape = (weight.groups, weight.blocks, int(weight.bias is not None))
+        y = (out, tokens, _ld(out), *shape)
+        if weight.sparse:
+            assert activations == "int8"
+            return get(sparse24.kernel_24, isa), (*weights[:2], *self._rounded(weight, x, OCTETS)[:2], *y)
+        if activations == "int8":
+            kernel = get(int8_linear.int8_kernel, isa, bits, asym)
+            return kernel, (*weights, *self._rounded(weight, x, QUADS), *y)
+        if activations == "bf16":
+            pairs, _, sums = self._rounded(weight, x, PAIRS)
+            return get(bf16_linear.bf16_kernel, bits, asym), (*weights, pairs, sums, *y)
+        assert activations == "fp32"
+        ordered = self._ordered(x, weight.groups, weight.perm)
+        args = (*weights, ordered, _ld(ordered), tokens, out, _ld(out), *shape)
+        return get(exact_linear.exact_kernel, isa, bits, FLOAT32, asym), args
 
     def _overlay(self, weight: overlay.OverlayWeight, x: Tensor, out: Tensor, blocks: int) -> Call:
         """The call that adds residuals, each thread to the outputs that it computed itself."""
@@ -200,20 +211,21 @@ class Recorder:
             self._call(self.kernels.get(overlay.tiles_kernel), args, BY_ROWS)
         return self._tiles[key]
 
-    def _quantize(self, weight: LowBitWeight, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x as int8 in the weight's order of inputs; shared by weights that agree on it."""
-        offset = 1 if weight.zeros is not None else 2 ** (weight.num_bits - 1)
-        offset = 0 if weight.sparse else offset
-        key = (*_identity(x), offset, None if weight.perm is None else weight.perm.tobytes())
+    def _rounded(self, weight: LowBitWeight, x: Tensor, form: int) -> tuple[Tensor, Tensor, Tensor]:
+        """x as int8 or bf16 in the weight's order of inputs; shared by weights that agree on it."""
+        middle = 2 ** (weight.num_bits - 1) + (bf16_linear.base(weight.num_bits) if form == PAIRS else 0)
+        offset = 0 if form == OCTETS else 1 if weight.zeros is not None else middle
+        key = (*_identity(x), form, offset, None if weight.perm is None else weight.perm.tobytes())
         if key not in self._quantized:
             groups = weight.groups
-            tiles = int8_linear.TILES[self.kernels.isa]
-            quantized = (self.buffer(groups * GROUP // 4), self.buffer(groups), self.buffer(groups))
+            tiles = bf16_linear.TILES if form == PAIRS else int8_linear.TILES[self.kernels.isa]
+            words = groups * GROUP // (2 if form == PAIRS else 4)
+            rounded = (self.buffer(words), self.buffer(groups), self.buffer(groups))
             perm = 0 if weight.perm is None else weight.perm
-            head = (x, _ld(x), weight.in_features, groups, self.inputs.tokens, *quantized)
+            head = (x, _ld(x), weight.in_features, groups, self.inputs.tokens, *rounded)
             args = (*head, offset, perm, *self._scratch(tiles[0] * groups * GROUP * 4))
-            self._call(self.kernels.get(activations.quantize_kernel, tiles, weight.sparse), args, BY_ROWS)
-            self._quantized[key] = quantized
+            self._call(self.kernels.get(quantize_kernel, tiles, form), args, BY_ROWS)
+            self._quantized[key] = rounded
         return self._quantized[key]
 
     def _ordered(self, x: Tensor, groups: int, perm: Any) -> Tensor:

@@ -12,7 +12,8 @@ from .compiled import CompiledLinear, compile_24, compile_dense, compile_low_bit
 from .weights import LowBitWeight
 
 _ROWS, _COLS, _TOKENS = 32, 64, 9  # a whole tile of eight tokens and one more
-_TOLERANCE = {True: 0.02, False: 1e-5}  # of the largest output; int8 activations round to 1 / 254 of a group
+# Of the largest output: int8 is off by up to 1 / 254 of a group's largest activation, bf16 by 1 / 256 of any.
+_TOLERANCE = {"int8": 0.02, "bf16": 0.005, "fp32": 1e-5}
 
 
 def wrong_kernels(linears: Iterable[CompiledLinear]) -> list[str]:
@@ -29,7 +30,7 @@ def _kind(linear: CompiledLinear) -> tuple[object, ...]:
         return linear.isa, str(weight.values.dtype).removeprefix("torch.")
     zeros = "sym" if weight.zeros is None else "asym"
     pattern = "2:4" if weight.sparse else "dense"
-    return linear.isa, f"{weight.num_bits}-bit", zeros, pattern, "int8" if linear.int8 else "fp32"
+    return linear.isa, f"{weight.num_bits}-bit", zeros, pattern, linear.activations
 
 
 def _passes(linear: CompiledLinear) -> bool:
@@ -41,13 +42,13 @@ def _passes(linear: CompiledLinear) -> bool:
         if weight.sparse:
             made = compile_24(known, linear.isa)
         else:
-            made = compile_low_bit(known, linear.isa, linear.int8)
+            made = compile_low_bit(known, linear.isa, linear.activations)
     else:
         known = PackedWeight(torch.randn(_ROWS, _COLS, generator=generator).to(weight.values.dtype))
         made = compile_dense(known, linear.isa, weight.values.dtype)
     expected = x.double() @ known.dequantize().double().T
     error = (made(x) - expected).abs().max() / expected.abs().max()
-    return bool(error < _TOLERANCE[linear.int8])
+    return bool(error < _TOLERANCE[linear.activations])
 
 
 def _low_bit(weight: LowBitWeight, generator: torch.Generator) -> PackedWeight:

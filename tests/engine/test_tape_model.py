@@ -57,7 +57,19 @@ def test_equals_the_eager_decoder(family: str, tmp_path: Path) -> None:
                 assert a.logprob == pytest.approx(b.logprob, abs=2e-4)
 
 
-@pytest.mark.parametrize("activations", ["int8", "fp32"])
+@pytest.mark.parametrize(
+    "activations",
+    [
+        "int8",
+        "fp32",
+        pytest.param(
+            "bf16",
+            marks=pytest.mark.skipif(
+                "avx512_bf16" not in cpu_features() or ISA != "vnni", reason="the CPU lacks AVX512-BF16"
+            ),
+        ),
+    ],
+)
 def test_a_request_gets_the_same_bits_alone_among_others_and_in_any_cut(
     activations: str, tmp_path: Path
 ) -> None:

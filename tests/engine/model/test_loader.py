@@ -146,6 +146,25 @@ def test_cuda_that_is_not_there(tmp_path: Path) -> None:
         load_model(ModelFiles(folder), EngineConfig(str(folder), "cuda"), lambda *_: None)
 
 
+@pytest.mark.parametrize(
+    ("kernels", "missing", "reason"),
+    [
+        ("auto", {"avx512_bf16"}, r"the CPU lacks AVX512-BF16 \(avx512_bf16\); .* use int8 or fp32"),
+        ("auto", {"avx512_vnni", "avx512_bf16"}, "the CPU lacks AVX512-BF16"),
+        ("avx2", set(), "--cpu-kernels avx2 excludes"),
+        ("torch", set(), "--cpu-kernels torch was asked for"),
+    ],
+)
+def test_bf16_activations_without_what_they_need(
+    kernels: str, missing: set[str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"}
+    monkeypatch.setattr("nybble.engine.model.loader.cpu_features", lambda: frozenset(features - missing))
+    folder = write_checkpoint(tmp_path, dense_tensors())
+    with pytest.raises(ConfigError, match=f"--cpu-activations bf16: .*{reason}"):
+        load(folder, cpu_kernels=kernels, cpu_activations="bf16")
+
+
 def test_a_tied_head_is_the_embedding_and_its_stored_copy_is_ignored(tmp_path: Path) -> None:
     tensors = dense_tensors()
     untied = write_checkpoint(

@@ -19,6 +19,10 @@ FEATURES = cpu_features()
 ISAS = [
     isa for isa in ("avx2", "vnni") if instruction_set(Target(cpu_features=FEATURES, cpu_kernels=isa)) == isa
 ]
+BF16 = (
+    instruction_set(Target(cpu_features=FEATURES, cpu_kernels="auto")) == "vnni" and "avx512_bf16" in FEATURES
+)
+MODES = [(isa, activations) for isa in ISAS for activations in ("int8", "fp32")] + [("vnni", "bf16")] * BF16
 pytestmark = pytest.mark.skipif(not ISAS, reason="the CPU has neither AVX2 nor AVX-512 VNNI")
 
 
@@ -69,6 +73,15 @@ def int8_bound(weight: PackedWeight, x: Tensor) -> Tensor:
     return step / 2 * weight.dequantize(torch.float32).double().abs().sum(1) + 1e-5
 
 
+def bf16_bound(weight: PackedWeight, x: Tensor) -> Tensor:
+    """The largest error of bf16 activations, 2**-8 of each, and of 40 sums in fp32."""
+    assert weight.scales is not None
+    assert weight.spec is not None
+    rounding = x.double().abs() @ weight.dequantize(torch.float32).double().abs().T / 2**8
+    largest = 2 ** (weight.spec.num_bits + 2) * weight.scales.double().amax(1)
+    return rounding + 40 / 2**24 * largest * x.double().abs().sum(1, keepdim=True)
+
+
 CASES = [
     Case(bits, symmetric, group, order)
     for bits in (2, 3, 4, 8)
@@ -87,13 +100,26 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_low_bit_equals_float64(case: Case, isa: str) -> None:
     weight = make_weight(case)
-    exact, fast = compile_low_bit(weight, isa, int8=False), compile_low_bit(weight, isa, int8=True)
+    exact, fast = (compile_low_bit(weight, isa, activations) for activations in ("fp32", "int8"))
     for tokens in (1, 2, 3, 7, 8, 64, 131):
         x = torch.randn(tokens, case.in_features, generator=torch.Generator().manual_seed(tokens))
         reference = expected(weight, x)
         scale = reference.abs().max()
         assert ((exact(x) - reference).abs() / scale).max() < 1e-5
         assert ((fast(x) - reference).abs() <= int8_bound(weight, x)).all()
+
+
+@pytest.mark.skipif(not BF16, reason="the CPU lacks AVX512-BF16")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_only_activations_are_rounded_to_bf16(case: Case) -> None:
+    weight = make_weight(case)
+    linear = compile_low_bit(weight, "vnni", "bf16")
+    for tokens in (1, 2, 3, 7, 8, 64, 131):
+        x = torch.randn(tokens, case.in_features, generator=torch.Generator().manual_seed(tokens))
+        x[-1] *= 1e6
+        assert ((linear(x) - expected(weight, x)).abs() <= bf16_bound(weight, x)).all()
+        rounded = expected(weight, x.bfloat16().float())
+        assert ((linear(x) - rounded).abs() <= 1e-5 * rounded.abs().amax(1, keepdim=True)).all()
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -107,10 +133,9 @@ def test_dense_equals_float64(dtype: torch.dtype, isa: str) -> None:
         assert ((linear(x) - reference).abs() / reference.abs().max()).max() < 1e-5
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("int8", [True, False])
-def test_a_row_is_the_same_bits_in_any_batch(isa: str, int8: bool) -> None:
-    linear = compile_low_bit(make_weight(Case(4, False, 128, True)), isa, int8)
+@pytest.mark.parametrize(("isa", "activations"), MODES)
+def test_a_row_is_the_same_bits_in_any_batch(isa: str, activations: str) -> None:
+    linear = compile_low_bit(make_weight(Case(4, False, 128, True)), isa, activations)
     x = torch.randn(130, 352)
     whole = linear(x)
     for start, stop in ((0, 1), (3, 4), (5, 12), (100, 130)):
@@ -122,8 +147,8 @@ def test_a_row_is_the_same_bits_in_any_batch(isa: str, int8: bool) -> None:
 def test_threads_and_parts_side_by_side_do_not_change_a_bit(isa: str, num_threads: int) -> None:
     """Parts of odd sizes share a row of outputs: padding of one may not stay in another's columns."""
     parts = [
-        compile_low_bit(make_weight(Case(4, True, 32, False, 20, 64), 1), isa, True),
-        compile_low_bit(make_weight(Case(3, False, 64, True, 5, 64, bias=True), 2), isa, True),
+        compile_low_bit(make_weight(Case(4, True, 32, False, 20, 64), 1), isa, "int8"),
+        compile_low_bit(make_weight(Case(3, False, 64, True, 5, 64, bias=True), 2), isa, "int8"),
         compile_dense(PackedWeight(torch.randn(33, 64)), isa, torch.float32),
     ]
     x = torch.randn(100, 64)
@@ -139,7 +164,7 @@ def run_parts(parts: list[CompiledLinear], x: Tensor, num_threads: int) -> Tenso
     inputs = Inputs(x.shape[0])
     inputs.tokens[0] = x.shape[0]
     recorder = Recorder(kernels_for(parts[0].isa), inputs, num_threads)
-    tape = recorder.finish(recorder.linear([part.weight for part in parts], x, int8=True))
+    tape = recorder.finish(recorder.linear([part.weight for part in parts], x, activations="int8"))
     pool = Pool(num_threads)
     try:
         for _ in range(20):
@@ -152,10 +177,26 @@ def run_parts(parts: list[CompiledLinear], x: Tensor, num_threads: int) -> Tenso
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_zero_rows_and_large_values_stay_finite(isa: str) -> None:
-    linear = compile_low_bit(make_weight(Case(4, True, 32, False)), isa, True)
+    linear = compile_low_bit(make_weight(Case(4, True, 32, False)), isa, "int8")
     x = torch.zeros(3, 352)
     x[1] = 3e38
     x[2] = 1e-30
     out = linear(x)
     assert torch.equal(out[0], torch.zeros(40))
     assert np.isfinite(out[2].numpy()).all()
+
+
+@pytest.mark.parametrize(("isa", "activations"), MODES)
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_so_and_reaches_no_other_token(
+    isa: str, activations: str, broken: float
+) -> None:
+    """Whoever looks at the outputs must see it: int8 has no NaN, so its scale carries it."""
+    linear = compile_low_bit(make_weight(Case(4, True, 32, True)), isa, activations)
+    x = torch.randn(21, 352)
+    expected = linear(x)
+    x[5, 17] = broken
+    found = linear(x)
+    assert not found[5].isfinite().any()
+    expected[5] = found[5] = 0
+    assert torch.equal(found, expected)

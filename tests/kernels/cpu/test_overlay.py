@@ -17,6 +17,8 @@ FEATURES = cpu_features()
 ISAS = [
     isa for isa in ("avx2", "vnni") if instruction_set(Target(cpu_features=FEATURES, cpu_kernels=isa)) == isa
 ]
+BF16 = ISAS[-1:] == ["vnni"] and "avx512_bf16" in FEATURES
+MODES = [(isa, activations) for isa in ISAS for activations in ("int8", "fp32")] + [("vnni", "bf16")] * BF16
 pytestmark = pytest.mark.skipif(not ISAS, reason="the CPU has neither AVX2 nor AVX-512 VNNI")
 BATCHES = (1, 2, 3, 8, 10, 24, 29, 131)
 
@@ -47,12 +49,11 @@ def with_outliers(plain: PackedWeight, dense: Tensor) -> PackedWeight:
     )
 
 
-def activations(tokens: int, cols: int) -> Tensor:
+def inputs_of(tokens: int, cols: int) -> Tensor:
     return torch.randn(tokens, cols, generator=torch.Generator().manual_seed(tokens))
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("int8", [True, False], ids=["int8", "exact"])
+@pytest.mark.parametrize(("isa", "activations"), MODES)
 @pytest.mark.parametrize(
     ("bits", "order", "rows", "cols", "density"),
     [
@@ -65,25 +66,24 @@ def activations(tokens: int, cols: int) -> Tensor:
     ],
 )
 def test_equals_float64(
-    isa: str, int8: bool, bits: int, order: bool, rows: int, cols: int, density: float
+    isa: str, activations: str, bits: int, order: bool, rows: int, cols: int, density: float
 ) -> None:
     """What the overlay adds to the plain linear, which has its own test, is the residuals' product."""
     plain, dense = quantized(rows, cols, bits, order), residuals(rows, cols, density)
-    without = compile_low_bit(plain, isa, int8)
-    linear = compile_low_bit(with_outliers(plain, dense), isa, int8)
+    without = compile_low_bit(plain, isa, activations)
+    linear = compile_low_bit(with_outliers(plain, dense), isa, activations)
     for tokens in BATCHES if cols < 1000 else (1, 11):
-        x = activations(tokens, cols)
+        x = inputs_of(tokens, cols)
         reference = without(x).double() + x.double() @ dense.double().T
         bound = 1e-6 * (x.double().abs() @ dense.double().abs().T + reference.abs() + 1e-3)
         assert ((linear(x) - reference).abs() <= bound).all()
         assert torch.equal(linear(x)[:, 0], without(x)[:, 0])
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("int8", [True, False], ids=["int8", "exact"])
-def test_a_row_is_the_same_bits_in_any_batch(isa: str, int8: bool) -> None:
-    linear = compile_low_bit(with_outliers(quantized(50, 356), residuals(50, 356, 0.03)), isa, int8)
-    x = activations(131, 356)
+@pytest.mark.parametrize(("isa", "activations"), MODES)
+def test_a_row_is_the_same_bits_in_any_batch(isa: str, activations: str) -> None:
+    linear = compile_low_bit(with_outliers(quantized(50, 356), residuals(50, 356, 0.03)), isa, activations)
+    x = inputs_of(131, 356)
     whole = linear(x)
     for start, stop in ((0, 1), (3, 5), (5, 8), (9, 20), (24, 58), (100, 131)):
         assert torch.equal(linear(x[start:stop]), whole[start:stop])
@@ -93,11 +93,11 @@ def test_a_row_is_the_same_bits_in_any_batch(isa: str, int8: bool) -> None:
 @pytest.mark.parametrize("tokens", [1, 5, 100])
 def test_threads_and_poisoned_memory_do_not_change_a_bit(isa: str, tokens: int) -> None:
     parts = [
-        compile_low_bit(with_outliers(quantized(21, 68), residuals(21, 68, 0.1)), isa, True),
-        compile_low_bit(quantized(5, 68, 2), isa, True),
-        compile_low_bit(with_outliers(quantized(40, 68, 3), residuals(40, 68, 0.1)), isa, True),
+        compile_low_bit(with_outliers(quantized(21, 68), residuals(21, 68, 0.1)), isa, "int8"),
+        compile_low_bit(quantized(5, 68, 2), isa, "int8"),
+        compile_low_bit(with_outliers(quantized(40, 68, 3), residuals(40, 68, 0.1)), isa, "int8"),
     ]
-    x = activations(tokens, 68)
+    x = inputs_of(tokens, 68)
     alone = torch.cat([part(x) for part in parts], 1)
     for num_threads in (1, 2, 4):
         assert torch.equal(run_parts(parts, x, num_threads), alone)
@@ -111,7 +111,7 @@ def run_parts(parts: list[CompiledLinear], x: Tensor, num_threads: int) -> Tenso
     rows = torch.full((room, x.shape[1]), float("nan"))
     rows[: x.shape[0]] = x
     recorder = Recorder(kernels_for(parts[0].isa), inputs, num_threads)
-    tape = recorder.finish(recorder.linear([part.weight for part in parts], rows, int8=True))
+    tape = recorder.finish(recorder.linear([part.weight for part in parts], rows, activations="int8"))
     arena = torch.from_numpy(tape.kept[0])
     pool = Pool(num_threads)
     try:

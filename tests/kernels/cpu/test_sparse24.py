@@ -51,7 +51,7 @@ def test_equals_float64_and_the_dense_kernel(
 ) -> None:
     weight = sparse_weight(rows, cols, group_size, bias)
     assert weight.is_24()
-    linear, dense = compile_24(weight, isa), compile_low_bit(weight, isa, int8=True)
+    linear, dense = compile_24(weight, isa), compile_low_bit(weight, isa, activations="int8")
     weights = weight.dequantize().double()
     for tokens in (1, 2, 3, 5, 8, 14, 64, 131):
         x = activations(tokens, cols)
@@ -81,14 +81,14 @@ def test_beside_other_weights_on_any_threads(isa: str, num_threads: int) -> None
     overlay = SparseOverlay.of(torch.randn(21, 68) * (torch.rand(21, 68) < 0.1))
     parts = [
         compile_24(replace(sparse_weight(21, 68), outliers=overlay), isa),
-        compile_low_bit(sparse_weight(5, 68), isa, int8=True),
+        compile_low_bit(sparse_weight(5, 68), isa, activations="int8"),
         compile_24(sparse_weight(40, 68, bias=True), isa),
     ]
     x = activations(100, 68)
     inputs = Inputs(100)
     inputs.tokens[0] = 100
     recorder = Recorder(kernels_for(isa), inputs, num_threads)
-    tape = recorder.finish(recorder.linear([part.weight for part in parts], x, int8=True))
+    tape = recorder.finish(recorder.linear([part.weight for part in parts], x, activations="int8"))
     pool = Pool(num_threads)
     try:
         for _ in range(5):

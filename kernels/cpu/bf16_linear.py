@@ -1,0 +1,195 @@
+"""Low-bit weights in L16 times bf16 activations, by AVX512-BF16: for CPUs that have it and models int8 hurts.
+
+y[m, n] = sum over g of ws[n, g] * (sum_k (base + codes[n, k]) * x16[m, k] - (base + z[n, g]) * X[m, g])
+
+X is the sum of the group's x16. Codes meet vdpbf16ps exactly: only activations are rounded, each by at most
+2**-8 of itself. A bf16 has 8 significant bits, so base + code, with base 2**num_bits, is the bits of base or
+the code shifted to their end: two instructions for 32 codes. 8-bit codes are converted instead (base 0).
+
+Sums are fp32, within a group over pairs of inputs in one order, and groups are added in ascending order,
+whatever the number of tokens in the tile (batch invariance).
+
+A lane of L16 has the bytes of inputs 4q .. 4q + 3 of its row: as 16-bit halves, the even bytes are one pair
+(4q, 4q + 2), the odd ones the other. Activations come in tiles of ``tokens`` rows: pairs of bf16 in that
+order [K / 2, tokens] and fp32 [K / 32, tokens] -X times base + 2**(num_bits - 1) for symmetric weights, times
+1 otherwise.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from .abi import word
+from .activations import CHUNK
+from .int8_tile import PREFETCH_BYTES
+from .ir import BF16, F16, F32, I16, I32, I64, Emitter
+from .l16 import GROUP_BYTES
+from .vectors import literal
+
+TILES = (8, 4, 2)  # tokens of a register tile, largest first, then 1
+_BYTES, _HALVES = ir.VectorType(I32, 16), ir.VectorType(I16, 32)
+_FLOATS, _PAIRS = ir.VectorType(F32, 16), ir.VectorType(BF16, 32)
+
+
+def base(num_bits: int) -> int:
+    """What is added to codes of ``num_bits``."""
+    return 0 if num_bits == 8 else 2**num_bits
+
+
+def _code_pairs(emit: Emitter, num_bits: int, address: ir.Value) -> list[ir.Value]:
+    """base + the codes of a group, 16 vectors of bf16 pairs in the order of the activations' pairs."""
+    builder = emit.builder
+    if num_bits == 8:
+        return [pair for quad in range(8) for pair in _converted(emit, emit.offset(address, 64 * quad))]
+    bits = 2 if num_bits == 3 else num_bits
+    per_byte = 8 // bits
+    vectors = [emit.load(_HALVES, emit.offset(address, 64 * j)) for j in range(8 // per_byte)]
+    high = emit.load(_HALVES, emit.offset(address, 128)) if num_bits == 3 else None
+    magic = emit.constant(I16, (127 + num_bits) << 7, 32)
+    lowest = 7 - num_bits  # where a code begins in the 7 bits of the mantissa
+
+    def field(vector: ir.Value, start: int, width: int, place: int) -> ir.Value:
+        """Bits [start, start + width) of each half, moved to ``place``."""
+        distance = emit.constant(I16, abs(start - place), 32)
+        moved = builder.lshr(vector, distance) if start > place else builder.shl(vector, distance)
+        return builder.and_(moved, emit.constant(I16, (2**width - 1) << place, 32))
+
+    pairs = []
+    for quad in range(8):
+        for odd in range(2):
+            low = field(vectors[quad // per_byte], 8 * odd + bits * (quad % per_byte), bits, lowest)
+            value = builder.or_(low, magic)
+            if high is not None:
+                value = builder.or_(value, field(high, 8 * odd + quad, 1, lowest + 2))
+            pairs.append(builder.bitcast(value, _PAIRS))
+    return pairs
+
+
+def _converted(emit: Emitter, address: ir.Value) -> list[ir.Value]:
+    """The two pairs of a quad of 8-bit codes. Integers up to 255 end in 16 zero bits as fp32."""
+    builder = emit.builder
+    words = emit.load(_BYTES, address)
+    floats = []
+    for t in range(4):
+        shifted = builder.lshr(words, emit.constant(I32, 8 * t, 16)) if t else words
+        code = builder.and_(shifted, emit.constant(I32, 255, 16))
+        floats.append(builder.bitcast(builder.sitofp(code, _FLOATS), _BYTES))
+    low = [builder.lshr(even, emit.constant(I32, 16, 16)) for even in floats[:2]]
+    return [builder.bitcast(builder.or_(a, b), _PAIRS) for a, b in zip(low, floats[2:], strict=True)]
+
+
+@intrinsic(prefer_literal=True)
+def _tile(
+    typingctx: Any,
+    num_bits: Any,
+    tokens: Any,
+    asym: Any,
+    w: Any,
+    ws: Any,
+    wz: Any,
+    x16: Any,
+    sums: Any,
+    y: Any,
+    ldy: Any,
+    groups: Any,
+    accumulate: Any,
+) -> Any:
+    """One block of 16 rows times ``tokens`` activation rows into y (row stride ldy floats)."""
+    bits, count, has_zeros = (literal(t) for t in (num_bits, tokens, asym))
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        w, ws, wz, x16, sums, y, ldy, groups, accumulate = arguments[3:]
+        emit = Emitter(builder)
+        totals = [cgutils.alloca_once_value(builder, emit.constant(F32, 0.0, 16)) for _ in range(count)]
+        for total in totals:
+            builder.store(emit.constant(F32, 0.0, 16), total)
+        with cgutils.for_range(builder, groups) as loop:
+            g = loop.index
+            dots = [
+                emit.splat(emit.load(F32, emit.offset(sums, emit.scaled(g, 4 * count), 4 * m), 4), 16)
+                for m in range(count)
+            ]
+            if has_zeros:
+                zeros = builder.fadd(_per_row(emit, wz, g), emit.constant(F32, float(base(bits)), 16))
+                dots = [builder.fmul(zeros, dot) for dot in dots]
+            codes = emit.offset(w, emit.scaled(g, GROUP_BYTES[bits]))
+            for line in range(0, GROUP_BYTES[bits], 64):
+                emit.prefetch(emit.offset(codes, PREFETCH_BYTES + line))
+            pairs_of_x = emit.offset(x16, emit.scaled(g, 64 * count))
+            for index, pair in enumerate(_code_pairs(emit, bits, codes)):
+                for m in range(count):
+                    x = emit.load(I32, emit.offset(pairs_of_x, 4 * (index * count + m)), 4)
+                    operands = [dots[m], pair, builder.bitcast(emit.splat(x, 16), _PAIRS)]
+                    dots[m] = emit.call("llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, operands)
+            scale = _per_row(emit, ws, g)
+            for total, dot in zip(totals, dots, strict=True):
+                builder.store(emit.fma(scale, dot, builder.load(total)), total)
+        for m, total in enumerate(totals):
+            address = emit.offset(y, emit.scaled(ldy, 4 * m))
+            value = builder.load(total)
+            with builder.if_else(builder.icmp_signed("!=", accumulate, I64(0))) as (then, otherwise):
+                with then:
+                    emit.store(builder.fadd(value, emit.load(_FLOATS, address, 4)), address, 4)
+                with otherwise:
+                    emit.store(value, address, 4)
+        return context.get_dummy_value()
+
+    return types.void(num_bits, tokens, asym, *([types.intp] * 9)), codegen
+
+
+def _per_row(emit: Emitter, values: ir.Value, group: ir.Value) -> ir.Value:
+    """A group's 16 scales or zero points as fp32."""
+    address = emit.offset(values, emit.scaled(group, 32))
+    return emit.builder.fpext(emit.load(ir.VectorType(F16, 16), address), _FLOATS)
+
+
+def bf16_kernel(num_bits: int, asym: bool) -> Any:
+    """The kernel for a bit width. Blocks of outputs are the unit of threads.
+
+    args: codes, scales, zeros, x16, sums, y, address of the number of tokens, ldy (floats), groups, blocks,
+    accumulate (0 or 1). Activations as ``activations.quantize_kernel`` writes them (``PAIRS``).
+    """
+    block_bytes = GROUP_BYTES[num_bits]
+    big, mid, small = TILES
+    zp = int(asym)  # a literal for ``_tile``
+
+    def bf16_linear(args, thread, num_threads):
+        codes = word(args, 0)
+        scales = word(args, 1)
+        zeros = word(args, 2)
+        x16 = word(args, 3)
+        sums = word(args, 4)
+        y = word(args, 5)
+        tokens = word(word(args, 6), 0)
+        ldy = word(args, 7)
+        groups = word(args, 8)
+        blocks = word(args, 9)
+        accumulate = word(args, 10)
+        for begin in range(0, tokens, CHUNK):
+            end = min(tokens, begin + CHUNK)
+            for n in range(blocks * thread // num_threads, blocks * (thread + 1) // num_threads):
+                w = codes + n * groups * block_bytes
+                ws = scales + n * groups * 32
+                wz = zeros + n * groups * 32
+                m = begin
+                while m < end:
+                    a = x16 + m * groups * 64
+                    b = sums + m * groups * 4
+                    out = y + (m * ldy + n * 16) * 4
+                    if m + big <= end:
+                        _tile(num_bits, big, zp, w, ws, wz, a, b, out, ldy, groups, accumulate)
+                        m += big
+                    elif m + mid <= end:
+                        _tile(num_bits, mid, zp, w, ws, wz, a, b, out, ldy, groups, accumulate)
+                        m += mid
+                    elif m + small <= end:
+                        _tile(num_bits, small, zp, w, ws, wz, a, b, out, ldy, groups, accumulate)
+                        m += small
+                    else:
+                        _tile(num_bits, 1, zp, w, ws, wz, a, b, out, ldy, groups, accumulate)
+                        m += 1
+
+    return bf16_linear

@@ -25,6 +25,7 @@ from ...kernels.layout import PackedWeight, QuantSpec
 from ..errors import CheckpointError, UnsupportedModelError
 from .base import FLOATS, Expected
 from .dense import DenseFormat
+from .fields import flag, group_size, refuse_foreign
 from .packing import pack, unpack
 
 Version = Literal["gptq", "gptq_v2"]
@@ -78,7 +79,7 @@ class GPTQFormat:
                 f"quantization_config: checkpoint_format {version!r} is not supported; convert the "
                 "checkpoint to gptq or gptq_v2 with GPTQModel, or quantize the original with nybble quantize"
             )
-        _refuse_foreign(config, "quantization_config")
+        refuse_foreign(config, _NEUTRAL, "quantization_config")
         dynamic = config.get("dynamic") or {}
         if not isinstance(dynamic, dict) or not all(isinstance(v, dict) for v in dynamic.values()):
             raise CheckpointError("quantization_config: dynamic must map patterns to objects")
@@ -89,10 +90,15 @@ class GPTQFormat:
                 raise CheckpointError(
                     f"quantization_config: dynamic: {pattern[:100]!r} is no regular expression ({error})"
                 ) from error
-            _refuse_foreign(override, f"quantization_config: dynamic {pattern[:100]!r}")
+            refuse_foreign(override, _NEUTRAL, f"quantization_config: dynamic {pattern[:100]!r}")
         base = _spec(config, QuantSpec(4, 128, True), "quantization_config", bits_required=True)
         found = cls(
-            base, version, _flag(config, "lm_head", False), dynamic, _listed(config), config.get("meta") or {}
+            base,
+            version,
+            flag(config, "lm_head", False, "quantization_config"),
+            dynamic,
+            _listed(config),
+            config.get("meta") or {},
         )
         for pattern, override in dynamic.items():
             _spec(override, base, f"quantization_config: dynamic {pattern[:100]!r}")
@@ -265,14 +271,6 @@ def _bare(pattern: str) -> str:
     return pattern[2:] if pattern.startswith(("-:", "+:")) else pattern
 
 
-def _refuse_foreign(config: Mapping[str, Any], where: str) -> None:
-    for key, neutral in _NEUTRAL.items():
-        if key in config and config[key] not in neutral:
-            raise UnsupportedModelError(
-                f"{where}: {key} {str(config[key])[:100]!r} is not supported; save the checkpoint without it"
-            )
-
-
 def _spec(
     config: Mapping[str, Any], base: QuantSpec, where: str, *, bits_required: bool = False
 ) -> QuantSpec:
@@ -280,22 +278,11 @@ def _spec(
     if isinstance(bits, bool) or bits not in BITS:
         hint = " (5, 6 and 7 bits are GPTQModel's planar gptq_p)" if bits in (5, 6, 7) else ""
         raise UnsupportedModelError(f"{where}: bits {bits!r} is not supported{hint}; use 2, 3, 4 or 8")
-    size = config.get("group_size", base.group_size)
-    if isinstance(size, bool) or not isinstance(size, int) or not (size == -1 or 1 <= size < 1 << 31):
-        raise CheckpointError(f"{where}: group_size {size!r}: expected -1 or a positive number")
-    actorder = _flag(config, "desc_act", base.actorder == "group", where)
+    size = group_size(config.get("group_size", base.group_size), where)
+    actorder = flag(config, "desc_act", base.actorder == "group", where)
     return QuantSpec(
-        int(bits), size, _flag(config, "sym", base.symmetric, where), "group" if actorder else "none"
+        int(bits), size, flag(config, "sym", base.symmetric, where), "group" if actorder else "none"
     )
-
-
-def _flag(config: Mapping[str, Any], key: str, default: bool, where: str = "quantization_config") -> bool:
-    value = config.get(key, default)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise CheckpointError(f"{where}: {key} {str(value)[:100]!r}: expected true or false")
-    return value
 
 
 def _listed(config: Mapping[str, Any]) -> tuple[str, ...] | None:

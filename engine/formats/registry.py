@@ -10,7 +10,12 @@ from .base import ConfiguredFormat, Format
 from .overlay import FILE, KEY, OverlayFormat
 from .safetensors_files import SafetensorsFiles
 
-FORMATS: dict[str, str] = {"none": ".dense:DenseFormat", "gptq": ".gptq:GPTQFormat"}
+FORMATS: dict[str, str] = {
+    "none": ".dense:DenseFormat",
+    "gptq": ".gptq:GPTQFormat",
+    "awq": ".awq:AWQFormat",
+    "compressed-tensors": ".compressed_tensors:CompressedTensorsFormat",
+}
 
 
 def format_class(quant_method: str) -> type[ConfiguredFormat]:

@@ -225,7 +225,7 @@ def test_modules_in_block_to_quantize_leaves_the_others_dense() -> None:
     [
         ({"checkpoint_format": "marlin"}, "marlin"),
         ({"checkpoint_format": "gptq_p"}, "gptq_p"),
-        ({"quant_method": "awq"}, "awq"),
+        ({"quant_method": "hqq"}, "hqq"),
         ({"quant_method": "bitsandbytes"}, "bitsandbytes"),
         ({"bits": 5}, "planar"),
         ({"bits": 16}, "bits 16"),

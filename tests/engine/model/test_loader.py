@@ -226,8 +226,8 @@ def test_large_finite_values_are_no_error(tmp_path: Path) -> None:
 
 
 def test_foreign_quantizations_and_models_are_refused_by_name(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "awq", dense_tensors(), {"quant_method": "awq", "bits": 4})
-    with pytest.raises(UnsupportedModelError, match="'awq'"):
+    folder = write_checkpoint(tmp_path / "hqq", dense_tensors(), {"quant_method": "hqq", "bits": 4})
+    with pytest.raises(UnsupportedModelError, match="'hqq'"):
         load(folder)
     folder = write_checkpoint(tmp_path / "arch", dense_tensors(), architectures=["MambaForCausalLM"])
     with pytest.raises(UnsupportedModelError, match="MambaForCausalLM"):

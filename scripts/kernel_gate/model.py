@@ -1,0 +1,104 @@
+"""Predictions from counts: how fast a decode kernel could read weights. A model, not a measurement.
+
+issue limit (TB/s of weights) = SMs * clock * weights per loop / clocks per loop * bytes per weight, with the
+clocks of the busiest pipe (``sass.LANES``, four warp instructions a clock): as if memory had no limit.
+
+time of a launch = FIXED + max(DRAM bytes / copy bandwidth, L2 bytes / L2 bandwidth, busiest SM's / its rate)
+DRAM bytes = packed weights, scales, activations and outputs once
+L2 bytes = those, the activations again for every tile of outputs, split sums written and read once
+rate of an SM = min(bytes in flight / LATENCY, its share of the issue limit, 64 bytes a clock from L2)
+bytes in flight = resident blocks * (stages - 1) * bytes of a step's weights; the busiest SM has
+         ceil(blocks / SMs) blocks' weights
+FIXED = launch within a CUDA graph, first loads, last stores.
+
+It knows no loss in DRAM (row misses, refresh), nor the tail of a wave: read it as a bound from above.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nybble.kernels.triton.variants import Variant
+
+from .compiled import tile_tokens
+from .machines import Machine
+from .sass import LANES, Loop
+
+LATENCY = 0.8e-6  # seconds from a load's issue to its data, under load
+FIXED = 2.5e-6  # seconds
+_L2_BYTES_PER_CLOCK = 64
+STEP = 128  # inputs of a pass of the loop
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one linear: seconds, its share of copy bandwidth, blocks, and what binds it."""
+
+    seconds: float
+    share: float
+    blocks: int
+    bound: str
+
+
+def issue_limits(variant: Variant, machine: Machine, found: Mapping[str, Any]) -> dict[str, float]:
+    """TB/s of weights at which each pipe is full; empty where the loop was not read."""
+    if not found["loop"]:
+        return {}
+    loop = Loop(Counter(found["loop"]))
+    per_lane = {name: loop.pipe(name) / lanes for name, lanes in LANES.items()}
+    clocks = {"issue": loop.size / 128, **per_lane}  # per thread's share of weights
+    weights = found["weights_per_thread"]
+    scale = machine.sms * machine.ghz * 1e9 * variant.bits / 8 / 1e12
+    return {name: scale * weights / value for name, value in clocks.items() if value}
+
+
+def resident_blocks(variant: Variant, machine: Machine, found: Mapping[str, Any]) -> int:
+    """Blocks of the variant that an SM holds at once."""
+    threads = 32 * variant.num_warps
+    registers = -(-found["registers"] // 8) * 8 * threads
+    limits = (
+        machine.registers_per_sm // registers,
+        machine.shared_per_sm // (found["shared"] + 1024),
+        machine.threads_per_sm // threads,
+        machine.blocks_per_sm,
+    )
+    return max(1, min(limits))
+
+
+def predict(
+    variant: Variant, machine: Machine, found: Mapping[str, Any], shape: tuple[int, int, int], split_k: int
+) -> Prediction:
+    """``shape``: outputs, inputs, tokens."""
+    outputs, inputs, tokens = shape
+    weights = outputs * inputs * variant.bits / 8
+    dram = weights + 2 * tokens * (inputs + outputs)
+    columns = -(-outputs // variant.constexprs["BN"])
+    blocks = columns * -(-tokens // tile_tokens(variant)) * split_k
+    split_sums = 8 * split_k * outputs * tokens if split_k > 1 else 0
+    l2 = dram + 2 * (columns - 1) * tokens * inputs + split_sums
+    memory = dram / (machine.copy_tb_s * 1e12)
+    cache = l2 / (machine.l2_tb_s * 1e12)
+    held = min(resident_blocks(variant, machine, found), -(-blocks // machine.sms))
+    stages = int(variant.constexprs.get("STAGES", variant.num_stages))
+    step_bytes = variant.constexprs["BN"] * STEP * variant.bits / 8
+    in_flight = held * max(1, stages - 1) * (step_bytes + 2 * tile_tokens(variant) * STEP)
+    rates = [in_flight / LATENCY, _L2_BYTES_PER_CLOCK * machine.ghz * 1e9]
+    limits = issue_limits(variant, machine, found)
+    if limits:
+        rates.append(min(limits.values()) * 1e12 / machine.sms)
+    busiest = math.ceil(blocks / machine.sms) * l2 / blocks / min(rates)
+    bounds = {"memory": memory, "L2": cache, "SM": busiest}
+    body = max(bounds.values())
+    bound = "launch" if body < FIXED else max(bounds, key=lambda name: bounds[name])
+    return Prediction(FIXED + body, memory / (FIXED + body), blocks, bound)
+
+
+def best_prediction(
+    variant: Variant, machine: Machine, found: Mapping[str, Any], shape: tuple[int, int, int]
+) -> tuple[Prediction, int]:
+    """Over the splits of K; and which."""
+    splits = [s for s in (1, 2, 4, 8, 16) if shape[1] // STEP >= 2 * s or s == 1]
+    found_all = [(predict(variant, machine, found, shape, s), s) for s in splits]
+    return min(found_all, key=lambda item: item[0].seconds)

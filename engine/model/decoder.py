@@ -44,23 +44,37 @@ class DecoderLayer:
 
         ``residual`` None: ``hidden`` is the embedding, or any block's full input.
         """
-        eps, ops = self.config.rms_norm_eps, self.ops
-        if residual is None:
-            normed, residual = ops.rms_norm(hidden, self.input_layernorm, eps), hidden
-        else:
-            normed, residual = ops.add_rms_norm(hidden, residual, self.input_layernorm, eps)
-        attended = self._attention(normed, rotary, attend)
-        normed, residual = ops.add_rms_norm(attended, residual, self.post_attention_layernorm, eps)
-        return self.down_proj(ops.silu_and_mul(self.gate_up_proj(normed))), residual
+        normed, residual = self.attention_input(hidden, residual)
+        attended = self.attention(normed, rotary, attend)
+        normed, residual = self.mlp_input(self.o_proj(attended), residual)
+        return self.down_proj(self.mlp(normed)), residual
 
-    def _attention(self, normed: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+    def attention_input(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What ``qkv_proj`` reads, and the residual; both [T, H]."""
+        eps, norm = self.config.rms_norm_eps, self.input_layernorm
+        if residual is None:
+            return self.ops.rms_norm(hidden, norm, eps), hidden
+        return self.ops.add_rms_norm(hidden, residual, norm, eps)
+
+    def mlp_input(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``gate_up_proj`` reads, and the residual; both [T, H]. attended: [T, H] from ``o_proj``."""
+        return self.ops.add_rms_norm(
+            attended, residual, self.post_attention_layernorm, self.config.rms_norm_eps
+        )
+
+    def mlp(self, normed: Tensor) -> Tensor:
+        """What ``down_proj`` reads: [T, H] -> [T, I]."""
+        return self.ops.silu_and_mul(self.gate_up_proj(normed))
+
+    def attention(self, normed: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        """What ``o_proj`` reads: [T, H] -> [T, Hq * D]."""
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
         qkv = self.qkv_proj(normed).view(-1, heads + 2 * kv_heads, self.config.head_dim)
         qk = qkv[:, : heads + kv_heads]
         if self.qk_norm is not None:
             qk = self.ops.rms_norm(qk, self.qk_norm, self.config.rms_norm_eps)
         qk = self.ops.rope(qk, *rotary)
-        return self.o_proj(attend(self.index, qk[:, :heads], qk[:, heads:], qkv[:, heads + kv_heads :]))
+        return attend(self.index, qk[:, :heads], qk[:, heads:], qkv[:, heads + kv_heads :])
 
 
 class Decoder:

@@ -1,9 +1,7 @@
 """The calibration's activations: sequences on their way through the blocks, and what linears see of them."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +14,9 @@ from .calibrate import Calibration
 from .hessian import HessianMean
 from .source import Block, Source
 
+HELD_BYTES = (
+    2 << 30
+)  # of activations inside a block that are held, rather than computed again for each linear
 BATCH_TOKENS = 2048  # tokens that go through a block at once; a longer sequence is a batch by itself
 
 
@@ -31,10 +32,29 @@ class Batch:
     attend: Attend
     token_ids: Tensor
     lengths: tuple[int, ...]
+    _steps: Iterator[tuple[str, Tensor]] | None = None
 
     def advance(self, block: Block) -> None:
-        """Through ``block``."""
-        self.hidden = block(self.hidden, self.rotary, self.attend)
+        """Through ``block``, or through what is left of it."""
+        if self._steps is None:
+            self.hidden = block(self.hidden, self.rotary, self.attend)
+        else:
+            self.hidden = self._until("", self._steps)
+        self._steps = None
+
+    def input_of(self, slot: str, block: Block, keep: bool) -> Tensor:
+        """What the linear ``slot`` reads, [T, in].
+
+        keep: hold what the block has computed so far, and go on from there the next time, so that nothing is
+        computed twice; the slots asked for must be in order then.
+        """
+        steps = self._steps or block.steps(self.hidden, self.rotary, self.attend)
+        self._steps = steps if keep else None
+        return self._until(slot, steps)
+
+    @staticmethod
+    def _until(slot: str, steps: Iterator[tuple[str, Tensor]]) -> Tensor:
+        return next(inputs for name, inputs in steps if name == slot)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,46 +115,31 @@ def activation_bytes(config: ModelConfig, num_tokens: int) -> int:
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     kept = num_tokens * (hidden + 2 * config.head_dim + 2)
     passing = min(num_tokens, BATCH_TOKENS) * (4 * hidden + 2 * heads + 2 * kv_heads + 5 * ffn)
-    return 4 * (kept + passing)
+    held = _held_bytes(config, num_tokens)
+    return 4 * (kept + passing) + (held if held <= HELD_BYTES else 0)
 
 
-class _ReachedError(Exception):
-    """The forward pass came to the last linear that is watched; no more need be computed."""
+def _held_bytes(config: ModelConfig, num_tokens: int) -> int:
+    """What batches hold that have stopped inside a block: the residual and the widest input."""
+    widest = max(config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
+    return 4 * num_tokens * (config.hidden_size + widest)
 
 
-def gather_stats(block: Block, slots: Iterable[str], batches: list[Batch]) -> dict[str, InputStats]:
-    """What the linears ``slots`` see of the batches, in one pass through ``block``."""
-    watches = {slot: _Watch(block.linears[slot].weight.shape[1]) for slot in slots}
+def gather_stats(block: Block, batches: list[Batch]) -> dict[str, InputStats]:
+    """What all linears of ``block`` see of the batches, by slot, in one pass."""
+    watches = {slot: _Watch(linear.weight.shape[1]) for slot, linear in block.linears.items()}
     for batch in batches:
-        with _observed(block, watches), suppress(_ReachedError):
-            block(batch.hidden, batch.rotary, batch.attend)
+        for slot, inputs in block.steps(batch.hidden, batch.rotary, batch.attend):
+            if slot in watches:
+                watches[slot].add(inputs)
     return {slot: watch.stats for slot, watch in watches.items()}
 
 
 def gather_hessian(block: Block, slot: str, batches: list[Batch]) -> Tensor:
-    """2 E[x x^T] of the inputs x of the linear ``slot``: [K, K]."""
-    watches = {slot: HessianMean(block.linears[slot].weight.shape[1])}
+    """2 E[x x^T] of the inputs x of the linear ``slot``: [K, K]. Slots of a block are asked for in order."""
+    statistics = HessianMean(block.linears[slot].weight.shape[1])
+    num_tokens = sum(len(batch.token_ids) for batch in batches)
+    keep = _held_bytes(block.layer.config, num_tokens) <= HELD_BYTES
     for batch in batches:
-        with _observed(block, watches), suppress(_ReachedError):
-            block(batch.hidden, batch.rotary, batch.attend)
-    return watches[slot].value
-
-
-@contextmanager
-def _observed(block: Block, watches: Mapping[str, _Watch | HessianMean]) -> Iterator[None]:
-    """Linears report their inputs to ``watches``; the last of them ends the pass."""
-    waiting = set(watches)
-
-    def observe(slot: str, inputs: Tensor) -> None:
-        watches[slot].add(inputs)
-        waiting.discard(slot)
-        if not waiting:
-            raise _ReachedError
-
-    for slot in watches:
-        block.linears[slot].observe = partial(observe, slot)
-    try:
-        yield
-    finally:
-        for slot in watches:
-            block.linears[slot].observe = None
+        statistics.add(batch.input_of(slot, block, keep))
+    return statistics.value

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...kernels.layout import PackedWeight, QuantSpec
 from ..model.config import ModelConfig
 from .activations import InputStats
-from .grid import Grid, ScaleOverflowError, fit_by, pack, restore, round_nearest
+from .grid import Grid, StaysDenseError, fit_by, pack, restore, round_nearest
 from .options import QuantizeOptions
 from .pipeline import Recipe, ToRound
 from .results import Rescale, Specs
@@ -98,7 +98,7 @@ def _loss(linears: list[tuple[Tensor, QuantSpec]], scales: Tensor | None, hessia
         try:
             scaled = weight if scales is None else weight * scales
             difference = scaled - round_nearest(scaled, spec).dequantize()
-        except ScaleOverflowError:
+        except StaysDenseError:
             return float("inf")
         if scales is not None:
             difference /= scales

@@ -14,11 +14,16 @@ from torch import Tensor
 from ...kernels.layout import PackedWeight, QuantSpec, SparseOverlay
 
 SMALLEST_SCALE = 2.0**-24  # the least positive fp16 number
+HALF_MAX = 65504.0
 MSE_STEPS = 80  # ranges tried by the search, from whole down to a fifth, in hundredths
 
 
-class ScaleOverflowError(ArithmeticError):
-    """A group of weights is so wide that its scale is no finite fp16 number."""
+class StaysDenseError(ArithmeticError):
+    """A module that cannot be quantized as asked; the message says why."""
+
+
+class ScaleOverflowError(StaysDenseError):
+    """A group of weights is so wide that its scale, or a residual of it, is no finite fp16 number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +90,8 @@ def _grid(low: Tensor, high: Tensor, spec: QuantSpec) -> Grid:
     max_code = 2**spec.num_bits - 1
     half = ((high - low) / max_code).to(torch.float16)
     if not bool(torch.isfinite(half).all()):
-        raise ScaleOverflowError(f"weights in {float(low.min()):g}..{float(high.max()):g}")
+        low_, high_ = float(low.min()), float(high.max())
+        raise ScaleOverflowError(f"fp16 cannot hold its scales (weights in {low_:g}..{high_:g})")
     scales = half.clamp_(min=SMALLEST_SCALE).to(low.dtype)
     if spec.symmetric:
         zeros = torch.full_like(scales, 2 ** (spec.num_bits - 1))
@@ -116,7 +122,14 @@ def restore(weight: Tensor, packed: PackedWeight, exclude: Tensor | None) -> Pac
     """``packed`` with residuals that bring the weights in ``exclude`` [rows, K] back; None: as it is."""
     if exclude is None:
         return packed
-    return replace(packed, outliers=SparseOverlay.of((weight - packed.dequantize()) * exclude))
+    return replace(packed, outliers=overlay((weight - packed.dequantize()) * exclude))
+
+
+def overlay(residuals: Tensor) -> SparseOverlay:
+    """The entries of ``residuals`` [rows, K] that are not zero. Raises ScaleOverflowError."""
+    if residuals.numel() and not float(residuals.abs().max()) <= HALF_MAX:
+        raise ScaleOverflowError(f"fp16 cannot hold its residuals (up to {float(residuals.abs().max()):g})")
+    return SparseOverlay.of(residuals)
 
 
 def pack(codes: Tensor, grids: list[Grid], spec: QuantSpec, g_idx: Tensor | None = None) -> PackedWeight:

@@ -10,7 +10,7 @@ from .pipeline import Method, Recipe
 
 # Functions of QuantizeOptions. Those of RECIPES need one pass over the blocks and may be a base of others.
 RECIPES: dict[str, str] = {"rtn": ".rtn:recipe", "gptq": ".gptq:recipe", "awq": ".awq:recipe"}
-METHODS: dict[str, str] = {**RECIPES}
+METHODS: dict[str, str] = {**RECIPES, "sparse24": ".sparse24:recipe"}
 
 
 def get_method(options: QuantizeOptions) -> Method:

@@ -25,7 +25,7 @@ from .activations import (
     gather_stats,
     make_batches,
 )
-from .grid import ScaleOverflowError
+from .grid import StaysDenseError
 from .hessian import FactorizationError
 from .results import QuantizedBlock, QuantizedModule, Rescale, Specs, Stage
 from .source import Block
@@ -77,7 +77,7 @@ class Rounder(Protocol[Stats]):
         """For all modules that read the same input and have the same ``spec``. Raises FactorizationError."""
 
     def round(self, module: ToRound, stats: Stats) -> PackedWeight:
-        """Raises ScaleOverflowError."""
+        """Raises StaysDenseError."""
 
 
 class Transform(Protocol):
@@ -212,7 +212,7 @@ class _Pass:
             block.rescale(edit)
         hessians: dict[str, Tensor] = {}
         if needs_inputs and not self.recipe.true_sequential:
-            hessians = {n: s.hessian for n, s in gather_stats(block, block.linears, self.batches).items()}
+            hessians = {n: s.hessian for n, s in gather_stats(block, self.batches).items()}
         modules: list[QuantizedModule] = []
         for slot in block.slots:
             if slot.kind == "linear" and any(part.name in self.work.specs for part in slot.parts):
@@ -231,7 +231,7 @@ class _Pass:
             return self.again.edits.load(block.layer.index).edits
         if self.recipe.transform is None:
             return ()
-        stats = gather_stats(block, block.linears, self.batches)
+        stats = gather_stats(block, self.batches)
         return self.recipe.transform.prepare(block, stats, self.work.specs)
 
     def _slot(self, block: Block, slot: Slot, hessian: Tensor | None) -> Iterator[QuantizedModule]:
@@ -254,14 +254,14 @@ class _Pass:
 
     def _round(
         self, names: list[str], weights: Mapping[str, Tensor], spec: QuantSpec, stats: object
-    ) -> Iterator[tuple[str, PackedWeight | ScaleOverflowError]]:
+    ) -> Iterator[tuple[str, PackedWeight | StaysDenseError]]:
         """All in one go where rows are independent; one by one where not, or where one of them overflows."""
         rounder = self.recipe.rounder
         todo = [ToRound(name, weights[name], spec, self._exclude(name)) for name in names]
         if rounder.rows_independent and len(todo) > 1:
             try:
                 packed = rounder.round(_side_by_side(todo), stats)
-            except ScaleOverflowError:
+            except StaysDenseError:
                 pass
             else:
                 sizes = [len(module.weight) for module in todo]
@@ -271,7 +271,7 @@ class _Pass:
         for module in todo:
             try:
                 yield module.name, rounder.round(module, stats)
-            except ScaleOverflowError as error:
+            except StaysDenseError as error:
                 yield module.name, error
 
     def _exclude(self, name: str) -> Tensor | None:
@@ -299,10 +299,10 @@ def _side_by_side(modules: list[ToRound]) -> ToRound:
 
 
 def _judge(
-    name: str, weight: Tensor, packed: PackedWeight | ScaleOverflowError, hessian: Tensor | None
+    name: str, weight: Tensor, packed: PackedWeight | StaysDenseError, hessian: Tensor | None
 ) -> QuantizedModule:
-    if isinstance(packed, ScaleOverflowError):
-        return QuantizedModule(name, None, warning=f"stays dense: fp16 cannot hold its scales ({packed})")
+    if isinstance(packed, StaysDenseError):
+        return QuantizedModule(name, None, warning=f"stays dense: {packed}")
     difference = weight - packed.dequantize()
     return QuantizedModule(
         name,

@@ -93,7 +93,10 @@ class Stage:
         """Write a block; it is there as a whole or not at all."""
         tensors: dict[str, Tensor] = {f"dense.{name}": tensor for name, tensor in block.dense.items()}
         for number, edit in enumerate(block.edits):
-            tensors |= {f"edit.{number}.divisors": edit.divisors, f"edit.{number}.factors": edit.factors}
+            tensors |= {
+                f"edit.{number}.divisors": edit.divisors,
+                f"edit.{number}.factors": edit.factors.clone(),
+            }
         for module in block.modules:
             tensors |= _tensors(module)
         described = {

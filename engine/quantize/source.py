@@ -1,7 +1,7 @@
 """The dense checkpoint that is quantized: read module by module, and block by block for calibration."""
 
 from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -113,16 +113,14 @@ class Source:
 
 @dataclass(slots=True, eq=False)
 class ObservedWeight:
-    """A PackedLinear in fp32 whose inputs can be watched and whose rows can be replaced.
+    """A PackedLinear in fp32 that can be watched and whose rows can be replaced.
 
-    weight: [out, in]; bias: [out] or None; observe: called with each input [T, in]; watch: with each input
-    and its output [T, out].
+    weight: [out, in]; bias: [out] or None; watch: called with each input [T, in] and output [T, out].
     """
 
     weight: Tensor
     bias: Tensor | None
-    observe: Callable[[Tensor], None] | None = field(default=None)
-    watch: Callable[[Tensor, Tensor], None] | None = field(default=None)
+    watch: Callable[[Tensor, Tensor], None] | None = None
 
     @staticmethod
     def of(parts: list[PackedWeight]) -> "ObservedWeight":
@@ -139,8 +137,6 @@ class ObservedWeight:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
-        if self.observe is not None:
-            self.observe(x)
         y = F.linear(x, self.weight, self.bias)
         if self.watch is not None:
             self.watch(x, y)
@@ -161,6 +157,25 @@ class Block:
         """[T, H], the block's full input -> its full output."""
         output, residual = self.layer(hidden, None, rotary, attend)
         return output + residual
+
+    def steps(self, hidden: Tensor, rotary: Rotary, attend: Attend) -> Iterator[tuple[str, Tensor]]:
+        """The block's computation, which halts before each linear: (slot, its input [T, in]), in order.
+
+        A weight may be changed until the next step is taken. Last comes ("", the block's output [T, H]).
+        """
+        layer, (qkv, o, gate_up, down) = self.layer, self.linears
+        normed, residual = layer.attention_input(hidden, None)
+        yield qkv, normed
+        attended = layer.attention(normed, rotary, attend)
+        del normed
+        yield o, attended
+        normed, residual = layer.mlp_input(layer.o_proj(attended), residual)
+        del attended
+        yield gate_up, normed
+        active = layer.mlp(normed)
+        del normed
+        yield down, active
+        yield "", layer.down_proj(active) + residual
 
     def modules(self) -> Iterator[tuple[Slot, Part, slice]]:
         """The checkpoint's linears, and which rows of their slot's weight they are."""

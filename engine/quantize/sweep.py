@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...kernels.layout import PackedWeight, QuantSpec, SparseOverlay
-from .grid import Grid, fit, pack
+from ...kernels.layout import PackedWeight, QuantSpec
+from .grid import Grid, fit, overlay, pack
 from .hessian import HessianFactor
 
 LAZY_BLOCK = 128  # columns whose errors reach the columns after them in one matrix product
@@ -45,9 +45,7 @@ class Sweep:
     def packed(self, spec: QuantSpec) -> PackedWeight:
         """As a PackedWeight; the residuals as outliers."""
         packed = pack(self.codes, self.grids, spec, self.g_idx)
-        return (
-            packed if self.residuals is None else replace(packed, outliers=SparseOverlay.of(self.residuals))
-        )
+        return packed if self.residuals is None else replace(packed, outliers=overlay(self.residuals))
 
 
 def sweep(weight: Tensor, factor: HessianFactor, spec: QuantSpec | None, how: How) -> Sweep:
@@ -150,15 +148,21 @@ class _State:
             current = current.clone()
             current[stop - col :] -= self.factor.upper[start:col, stop:end].T @ errors[: col - start]
         masked = None if self.exclude is None else self.exclude[col:end].T
+        if self.pruned is not None:  # for a mask that is yet to come: what it would be by now
+            masked = (self._least(current, col) if self.how.prune else self.pruned[col:end]).T
         self.grids[group] = fit(current.T.contiguous(), self.spec, self.how.mse, masked)
 
     def _choose(self, col: int) -> None:
-        """Which 2 of the 4 columns from ``col`` on become zero: those with the least w^2 / diag(U)^2."""
+        """Which 2 of the 4 columns from ``col`` on become zero."""
         assert self.pruned is not None
-        diagonal = self.factor.upper.diagonal()[col : col + 4]
-        saliency = (self.work[col : col + 4] / diagonal[:, None]).square_()
-        least = saliency.topk(2, dim=0, largest=False).indices
-        self.pruned[col : col + 4].scatter_(0, least, True)
+        self.pruned[col : col + 4] = self._least(self.work[col : col + 4], col)
+
+    def _least(self, columns: Tensor, start: int) -> Tensor:
+        """2 of each 4 of ``columns`` [n, rows], which begin at ``start``: the least w^2 / diag(U)^2."""
+        diagonal = self.factor.upper.diagonal()[start : start + len(columns)]
+        saliency = (columns / diagonal[:, None]).square_().view(-1, 4, columns.shape[1])
+        least = saliency.topk(2, dim=1, largest=False).indices
+        return torch.zeros_like(saliency, dtype=torch.bool).scatter_(1, least, True).view(columns.shape)
 
     def result(self) -> Sweep:
         """Back in the checkpoint's order."""

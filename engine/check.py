@@ -19,7 +19,7 @@ from .hardware import available_memory
 from .memory import gib, plan_kv_cache, request_bytes, resolve_max_model_len
 from .model.config import ModelConfig
 from .model.loader import LayerKernel, LoadReport, resolve_target, spec_text
-from .model.plan import EMBEDDING, LM_HEAD, Slot, find_problems, part_format, weight_plan
+from .model.plan import EMBEDDING, LM_HEAD, Part, Slot, find_problems, part_format, part_tensors, weight_plan
 from .model_files import ModelFiles
 from .step_model import kv_cache_dtype, tape_refusal
 
@@ -218,7 +218,10 @@ def estimate_weights(
             continue
         for out, in_, spec, dtype in _fused(slot, checkpoint_format, found):
             has_g_idx = spec is not None and spec.actorder == "group"
-            choice = choose("linear", target, weight=WeightTraits(out, in_, spec, dtype, 0.0, has_g_idx))
+            plain = spec is not None and (spec.num_bits, spec.symmetric, has_g_idx) == (4, True, False)
+            is_24 = plain and checkpoint_format.sparsity == "2:4"
+            traits = WeightTraits(out, in_, spec, dtype, 0.0, has_g_idx, is_24)
+            choice = choose("linear", target, weight=traits)
             key = (choice.name, out, in_, spec, dtype)
             if key not in sizes:
                 sizes[key] = _packed_bytes(choice, target, out, in_, spec, dtype)
@@ -234,12 +237,20 @@ def _fused(
     forms: list[tuple[int, int, QuantSpec | None, torch.dtype]] = []
     for part in slot.parts:
         spec = part_format(slot, part, checkpoint_format).spec(part.name)
-        dtype = torch.uint8 if spec is not None else _DTYPES[found[f"{part.name}.weight"].dtype]
+        dtype = torch.uint8 if spec is not None else _float_dtype(slot, part, checkpoint_format, found)
         if forms and forms[-1][1:] == (part.in_features, spec, dtype):
             forms[-1] = (forms[-1][0] + part.out_features, *forms[-1][1:])
         else:
             forms.append((part.out_features, part.in_features, spec, dtype))
     return forms
+
+
+def _float_dtype(
+    slot: Slot, part: Part, checkpoint_format: Format, found: Mapping[str, TensorInfo]
+) -> torch.dtype:
+    """Of the values: the largest tensor of the module."""
+    stored = [found[name] for name in part_tensors(slot, part, checkpoint_format) if name in found]
+    return _DTYPES[max(stored, key=lambda info: info.nbytes).dtype]
 
 
 def _packed_bytes(
@@ -257,9 +268,9 @@ def _packed_bytes(
 
 
 def _zero_weight(rows: int, in_: int, spec: QuantSpec | None, dtype: torch.dtype) -> PackedWeight:
-    values = torch.zeros(rows, in_, dtype=dtype)
     if spec is None:
-        return PackedWeight(values)
+        return PackedWeight(torch.zeros(rows, in_, dtype=dtype))
+    values = torch.full((rows, in_), 2 ** (spec.num_bits - 1), dtype=dtype)
     scales = torch.zeros(rows, spec.num_groups(in_), dtype=torch.float16)
     zeros = None if spec.symmetric else torch.zeros_like(scales, dtype=torch.uint8)
     plain = PackedWeight(values, spec, scales, zeros)

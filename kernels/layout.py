@@ -165,22 +165,29 @@ class PackedWeight:
         return weights.to(dtype)
 
     def is_24(self) -> bool:
-        """Whether it is int4, symmetric, and of every 4 consecutive inputs at most 2 codes are not zero.
+        """Whether ``why_not_24`` finds nothing."""
+        return self.why_not_24() is None
+
+    def why_not_24(self) -> str | None:
+        """None where it is int4, symmetric, and of every 4 consecutive inputs at most 2 codes are not zero.
 
         Inputs must be in their groups' order, and groups of whole fours. Nearly free where it is not so: the
         first rows tell.
         """
         spec = self.spec
         if spec is None or spec.num_bits != 4 or self.zeros is not None:
-            return False
+            return "it is not symmetric with 4 bits"
         group = self.group_of_inputs()
         if bool((group.diff() < 0).any()) or bool((group.bincount()[:-1] % 4).any()):
-            return False
-        for rows in (self.values[:16], self.values[16:]):
+            return "its groups are not of whole fours in the order of the inputs"
+        for start, rows in ((0, self.values[:16]), (16, self.values[16:])):
             kept = torch.nn.functional.pad(rows != 8, (0, -rows.shape[1] % 4))
-            if bool((kept.view(-1, 4).sum(1, dtype=torch.uint8) > 2).any()):
-                return False
-        return True
+            counts = kept.view(len(rows), kept.shape[1] // 4, 4).sum(2, dtype=torch.uint8)
+            if bool((counts > 2).any()):
+                row, quad = (counts > 2).nonzero()[0].tolist()
+                found = int(counts[row, quad])
+                return f"row {start + row} has {found} weights in inputs {4 * quad} to {4 * quad + 3}"
+        return None
 
     def rows(self, start: int, stop: int) -> "PackedWeight":
         """The outputs [start, stop): a tensor-parallel slice, or one part of a fused weight."""

@@ -24,7 +24,7 @@ from .fields import flag, group_size, names, refuse_foreign
 from .packing import pack, unpack
 
 BITS = 4
-_ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 _WHERE = "quantization_config"
 
 

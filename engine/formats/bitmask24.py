@@ -12,7 +12,9 @@ from ...kernels.layout import PackedWeight
 from ..errors import CheckpointError
 from .base import FLOATS, Expected
 
-_BITS = torch.tensor([1 << j for j in range(8)], dtype=torch.uint8)
+
+def _bits() -> Tensor:
+    return torch.tensor([1 << j for j in range(8)], dtype=torch.uint8)
 
 
 def bitmask_tensors(module: str, out: int, in_: int) -> dict[str, Expected]:
@@ -35,7 +37,7 @@ def read_bitmask(tensors: Mapping[str, Tensor], module: str) -> Tensor:
     stated = tensors[f"{module}.shape"].flatten().tolist()
     if stated != [out, in_]:
         raise CheckpointError(f"{module}.shape: {stated}, but compressed holds [{out}, {in_}]")
-    kept = (bitmask[:, :, None] & _BITS != 0).view(out, -1)[:, :in_]
+    kept = (bitmask[:, :, None] & _bits() != 0).view(out, -1)[:, :in_]
     counts = kept.reshape(out, -1, 4).sum(2)
     if bool((counts != 2).any()):
         row, quad = (counts != 2).nonzero()[0].tolist()
@@ -70,6 +72,6 @@ def write_bitmask(module: str, weight: PackedWeight) -> dict[str, Tensor]:
     padded = torch.nn.functional.pad(kept, (0, -in_ % 8)).view(out, -1, 8)
     return {
         f"{module}.compressed": dense[kept].view(out, in_ // 2),
-        f"{module}.bitmask": (padded * _BITS).sum(2, dtype=torch.uint8),
+        f"{module}.bitmask": (padded * _bits()).sum(2, dtype=torch.uint8),
         f"{module}.shape": torch.tensor([[out], [in_]]),
     }

@@ -52,10 +52,14 @@ class LayerKernel:
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What a load did. ``weight_bytes``: all weights in their kernels' layouts."""
+    """What a load did. ``weight_bytes``: all weights in their kernels' layouts.
+
+    ``warnings``: modules that are not what the checkpoint says, and how they are served.
+    """
 
     layers: tuple[LayerKernel, ...]
     weight_bytes: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def main_kernel(self) -> str:
@@ -66,11 +70,12 @@ class LoadReport:
         return max(totals, key=lambda name: totals[name])
 
     def lines(self) -> list[str]:
-        """One line per kernel, form of weights and set of reasons: how many layers, examples."""
+        """The warnings; a line per kernel, form of weights and set of reasons: how many layers, examples."""
         groups: dict[tuple[str, str, Refusals], list[str]] = {}
         for layer in self.layers:
             groups.setdefault((layer.kernel, spec_text(layer.spec), layer.refused), []).append(layer.slot)
-        return [_line(*key, slots) for key, slots in groups.items()]
+        warnings = [f"warning: {warning}" for warning in self.warnings]
+        return warnings + [_line(*key, slots) for key, slots in groups.items()]
 
     def details(self) -> list[str]:
         """One line per layer."""
@@ -172,7 +177,7 @@ def _load_linear(
     target: Target,
     table: Tensor | None,
     round_head: RoundHead | None = None,
-) -> tuple[Linear, list[LayerKernel]]:
+) -> tuple[Linear, list[LayerKernel], list[str]]:
     parts = [
         PackedWeight(table)
         if part.name == EMBEDDING and table is not None
@@ -181,6 +186,12 @@ def _load_linear(
     ]
     if slot.name == LM_HEAD and round_head is not None:
         parts = [round_head(part) if part.spec is None else part for part in parts]
+    warnings = [
+        f"{part.name}: the checkpoint says 2:4, but {reason}; {slot.name} is served without that"
+        for part, weight in zip(slot.parts, parts, strict=True)
+        if checkpoint_format.sparsity == "2:4" and checkpoint_format.spec(part.name) is not None
+        if (reason := weight.why_not_24()) is not None
+    ]
     fused = PackedWeight.cat(parts)
     del parts
     linear = Linear.build(fused, target)
@@ -188,14 +199,20 @@ def _load_linear(
         LayerKernel(slot.name, choice.name, choice.refused, weight.spec, weight.values.numel())
         for choice, weight in zip(linear.choices, fused, strict=True)
     ]
-    return linear, layers
+    return linear, layers, warnings
 
 
 def load_part(files: SafetensorsFiles, checkpoint_format: Format, slot: Slot, part: Part) -> PackedWeight:
     """One module of the checkpoint in the canonical form, on the CPU."""
     wanted = part_tensors(slot, part, checkpoint_format)
     tensors = {name: _checked(files, name) for name in wanted if name in files.tensors}
-    return part_format(slot, part, checkpoint_format).read(tensors, part.name)
+    weight = part_format(slot, part, checkpoint_format).read(tensors, part.name)
+    if (weight.out_features, weight.in_features) != (part.out_features, part.in_features):
+        raise CheckpointError(
+            f"{files.folder}: {part.name}: expected [{part.out_features}, {part.in_features}], found "
+            f"{list(weight.values.shape)}"
+        )
+    return weight
 
 
 def _checked(files: SafetensorsFiles, name: str) -> Tensor:
@@ -227,6 +244,7 @@ def load_model(
     slots = weight_plan(model_config)
     weights: Weights = {}
     layers: list[LayerKernel] = []
+    warnings: list[str] = []
     with open_tensors(folder, checkpoint_format) as files:
         problems = find_problems(slots, checkpoint_format, files.tensors)
         if problems:
@@ -236,15 +254,16 @@ def load_model(
         for done, slot in enumerate(slots):
             progress("weights", done, len(slots), "")
             if slot.kind == "linear":
-                weights[slot.name], kernels = _load_linear(
+                weights[slot.name], kernels, found = _load_linear(
                     files, checkpoint_format, slot, chosen, table, round_head
                 )
                 layers += kernels
+                warnings += found
             else:
                 weights[slot.name] = tensor = _load_tensor(files, slot, chosen)
                 table = tensor if slot.kind == "embedding" else table
     sizes = [w.numel() * w.element_size() if isinstance(w, Tensor) else w.nbytes for w in weights.values()]
-    report = LoadReport(tuple(layers), sum(sizes))
+    report = LoadReport(tuple(layers), sum(sizes), tuple(warnings))
     for line in ["", *report.lines()]:
         progress("weights", len(slots), len(slots), line)
     return LoadedModel(model_config, weights, report, chosen, checkpoint_format)

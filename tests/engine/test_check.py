@@ -137,12 +137,12 @@ def test_missing_and_mistyped_tensors_are_no_crash(tmp_path: Path) -> None:
 
 
 def test_config_format_and_files_can_all_be_wrong_together(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path, dense_tensors(), {"quant_method": "awq"}, model_type="mamba")
+    folder = write_checkpoint(tmp_path, dense_tensors(), {"quant_method": "hqq"}, model_type="mamba")
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
     report = check_model(folder)
     assert len(report.problems) == 3
-    for word in ("mamba", "awq", "truncated"):
+    for word in ("mamba", "hqq", "truncated"):
         assert any(word in problem for problem in report.problems)
 
 

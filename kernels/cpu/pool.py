@@ -8,6 +8,7 @@ Under contention runs go on one thread for a while (``contention``), so that a f
 share of the speed, not a factor of ten.
 """
 
+import os
 import threading
 import time
 import weakref
@@ -94,37 +95,70 @@ def _functions() -> tuple[Any, Any, Any]:
     return compile_function(_worker_loop), compile_function(_run_tape), compile_function(_stop_workers)
 
 
+class _Workers:
+    """The threads of a pool, the control block that they watch, and the process that they live in."""
+
+    def __init__(self, count: int, spin: int) -> None:
+        self.process = os.getpid()
+        self.lock = threading.Lock()  # held by a run, and by the end
+        self.closed = False
+        self._memory = np.zeros(11 * _LINE // 8, np.int64)
+        self.control = (self._memory.ctypes.data + _LINE - 1) // _LINE * _LINE
+        self._memory[(self.control - self._memory.ctypes.data + _SPIN) // 8] = spin
+        worker_loop, self.run_tape, self._stop = _functions()
+        self._threads = [
+            threading.Thread(target=worker_loop, args=(self.control, i), daemon=True, name=f"nybble-cpu-{i}")
+            for i in range(1, count + 1)
+        ]
+        for thread in self._threads:
+            thread.start()
+        self.contention = Contention([thread.native_id or 0 for thread in self._threads])
+
+    def close(self) -> None:
+        """Wait for a run in progress, stop the threads, and wait until none reads the control block."""
+        if self.process != os.getpid():
+            return  # a fork: they live in the parent, and the lock may have been held there
+        with self.lock:
+            self.closed = True
+            if self._threads:
+                self._stop(self.control)
+                for thread in self._threads:
+                    thread.join()
+
+
 class Pool:
-    """``num_threads`` counts the caller. ``close()`` ends the workers; so does the pool's own end."""
+    """``num_threads`` counts the caller. ``close()`` ends the workers, after the run that may be in progress;
+    so does the pool's own end.
+
+    Threads do not survive a fork: in the child, the first run starts workers of its own.
+    """
 
     def __init__(self, num_threads: int, spin: int = 2000) -> None:
         self.num_threads = num_threads
-        self._memory = np.zeros(11 * _LINE // 8, np.int64)
-        self._control = (self._memory.ctypes.data + _LINE - 1) // _LINE * _LINE
-        self._memory[(self._control - self._memory.ctypes.data + _SPIN) // 8] = spin
-        worker_loop, self._run_tape, stop_workers = _functions()
-        workers = [
-            threading.Thread(target=worker_loop, args=(self._control, i), daemon=True, name=f"nybble-cpu-{i}")
-            for i in range(1, num_threads)
-        ]
-        for worker in workers:
-            worker.start()
-        self._contention = Contention([worker.native_id or 0 for worker in workers])
-        # Workers read the control block for as long as they live: it may not go before them.
-        self.close = weakref.finalize(self, _end, stop_workers, self._memory, self._control, workers)
+        self._spin = spin
+        self._workers = _Workers(num_threads - 1, spin)
+        self.close = weakref.finalize(self, self._workers.close)
 
     def run(self, tape: "np.ndarray[Any, np.dtype[np.int64]]", length: int) -> None:
-        """Replay ``length`` records; returns when all are done. One caller at a time."""
-        began = time.monotonic()
-        threads = 1 if self.num_threads > 1 and self._contention.alone(began) else self.num_threads
-        self._run_tape(self._control, tape.ctypes.data, length, threads)
-        if threads > 1:
-            self._contention.ran(time.monotonic() - began)
+        """Replay ``length`` records; returns when all are done. Callers take turns.
 
+        RuntimeError: the pool is closed.
+        """
+        if self._workers.process != os.getpid():
+            self._replace_workers()
+        workers = self._workers
+        with workers.lock:
+            if workers.closed:
+                raise RuntimeError("the pool is closed")
+            began = time.monotonic()
+            threads = 1 if self.num_threads > 1 and workers.contention.alone(began) else self.num_threads
+            workers.run_tape(workers.control, tape.ctypes.data, length, threads)
+            if threads > 1:
+                workers.contention.ran(time.monotonic() - began)
 
-def _end(stop_workers: Any, memory: Any, control: int, workers: list[threading.Thread]) -> None:
-    """Stop the workers and wait until none reads ``memory``, the control block, any more."""
-    if workers:
-        stop_workers(control)
-        for worker in workers:
-            worker.join()
+    def _replace_workers(self) -> None:
+        if not self.close.alive:
+            raise RuntimeError("the pool is closed")
+        self.close.detach()
+        self._workers = _Workers(self.num_threads - 1, self._spin)
+        self.close = weakref.finalize(self, self._workers.close)

@@ -46,7 +46,8 @@ class Target:
 class WeightTraits:
     """What decides whether a linear kernel can take a weight.
 
-    ``max_abs`` bounds the weights' magnitude; ``is_24``: see ``PackedWeight.is_24``.
+    ``max_abs`` bounds the weights' magnitude; ``is_24``: see ``PackedWeight.is_24``; ``whole_zeros``: zero
+    points are whole numbers from 0 to 255.
     """
 
     out_features: int
@@ -56,6 +57,7 @@ class WeightTraits:
     max_abs: float
     has_g_idx: bool = False
     is_24: bool = False
+    whole_zeros: bool = True
 
     @staticmethod
     def of(weight: PackedWeight) -> "WeightTraits":
@@ -76,6 +78,7 @@ class WeightTraits:
             max_abs,
             weight.g_idx is not None,
             weight.is_24(),
+            weight.zeros is None or torch.equal(weight.zeros, weight.zeros.round().clamp(0, 255)),
         )
 
 
@@ -120,6 +123,7 @@ OPS: dict[str, tuple[str, ...]] = {
         ".cpu.numba_linear:dense",
         ".cpu.linear:dense_fp16",
         ".cpu.linear:dequant_fp16",
+        ".triton.linear:low_bit",
         ".reference:linear",
     ),
     "embedding": (".reference:embedding",),

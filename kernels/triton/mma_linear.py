@@ -102,23 +102,24 @@ def _weights(
     return gl.convert_layout(tile, gl.DotOperandLayout(0, mma_layout(WARPS), 2), assert_trivial=True)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M", "splits", "num_bias"])
 def mma_linear(
-    x, words, scales, zeros, bias, out, partial, locks, M, N, K,
-    BITS: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr, BIAS: gl.constexpr,
-    SCALE_WEIGHTS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, SPLIT_K: gl.constexpr,
-    STAGES: gl.constexpr, WARPS: gl.constexpr,
+    x, words, scales, zeros, bias, starts, values, rows, cols, out, partial, locks,
+    M, N, K, splits, num_bias,
+    BITS: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr, SPARSE: gl.constexpr,
+    SCALE_WEIGHTS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
 ):  # fmt: skip
-    """x: [M, K], K a multiple of 128; words, scales, zeros, bias: see ``packing``; out: [M, N].
+    """x: [M, K], K a multiple of 128; words ... cols: see ``packing``; out: [M, N].
 
-    partial: fp32, SPLIT_K * BM * BN for each tile; locks: int32 zeros, one for each tile. GROUP: 32, 64, 128,
-    or 0 for one group over the whole row. SCALE_WEIGHTS: scale the weights, which rounds them, instead of the
-    sums of each group. Grid: (tiles of N, SPLIT_K, tiles of M).
+    partial: fp32, splits * BM * BN for each tile; locks: int32 zeros, one for each tile; num_bias: N, or 0.
+    GROUP: 32, 64, 128, or 0 for one group over the whole row. SCALE_WEIGHTS: scale the weights, which rounds
+    them, instead of the sums of each group. Grid: (tiles of N, splits, tiles of M).
     """
     dt: gl.constexpr = x.dtype.element_ty
     pn = gl.program_id(0)
     pm = gl.program_id(2)
-    per = gl.cdiv(K // STEP, SPLIT_K)
+    per = gl.cdiv(K // STEP, splits)
     begin = gl.program_id(1) * per
     count = gl.minimum(K // STEP, begin + per) - begin
     words_at = _words_at(words, pn, K // STEP, begin, BITS, BN // 16, WARPS)
@@ -136,12 +137,15 @@ def mma_linear(
         x_in, words_in, x_at + (STAGES - 1) * STEP, words_at + (STAGES - 1) * (256 * BITS), tokens, count,
         scales, zeros, pn, N, begin, BITS, GROUP, ZEROS, SCALE_WEIGHTS, BM, BN, STAGES, WARPS,
     )  # fmt: skip
+    if SPARSE:
+        sparse = _sparse_sum(x, starts, values, rows, cols, pn, pm, splits, M, K, BM, BN, WARPS)
+        acc += gl.convert_layout(sparse, mma_layout(WARPS), assert_trivial=True)
     LO: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])
     acc = gl.convert_layout(acc, LO)
     n = gl.arange(0, BN, gl.SliceLayout(1, LO))
     m = gl.arange(0, BM, gl.SliceLayout(0, LO))
     tile = pm * gl.num_programs(0) + pn
-    finish(acc, n, m, tile, pn * BN, pm * BM, out, bias, partial, locks, M, N, BIAS, SPLIT_K)
+    finish(acc, n, m, tile, pn * BN, pm * BM, out, bias, partial, locks, M, N, splits, num_bias)
 
 
 @gluon.jit
@@ -189,3 +193,70 @@ def _sum(
     if GROUP == 0 and not SCALE_WEIGHTS:
         acc *= gl.expand_dims(gl.load(scales_at).to(gl.float32), 1)
     return acc
+
+
+@gluon.constexpr_function
+def sparse_layout(warps):
+    """Of sums [NT, 16, BM]: those of ``mma_layout`` by groups of 16 outputs."""
+    return gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
+
+
+@gluon.constexpr_function
+def along3(layout, axis):
+    """The layout of one axis of three, for arange."""
+    for other in (2, 1, 0):
+        if other != axis:
+            layout = gl.SliceLayout(other, layout)
+    return layout
+
+
+@gluon.jit
+def _axis3(size: gl.constexpr, axis: gl.constexpr, layout: gl.constexpr):
+    """arange(size) along ``axis`` of a 3-D tensor."""
+    index = gl.arange(0, size, along3(layout, axis))
+    for other in gl.static_range(3):
+        if other != axis:
+            index = gl.expand_dims(index, other)
+    return index
+
+
+@gluon.jit
+def _sparse_sum(
+    x, starts, values, rows, cols, pn, pm, splits, M, K,
+    BM: gl.constexpr, BN: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """The overlay's part of the sums: [BN, BM].
+
+    Chunks of 16 entries for each 16 outputs, as MMAs: A has an entry's value in its row, B the activations
+    that the entries meet. Splits take chunks in turn. The tile's BN / 64 blocks differ in number of chunks.
+    """
+    NT: gl.constexpr = BN // 16
+    L: gl.constexpr = sparse_layout(WARPS)
+    LA: gl.constexpr = gl.DotOperandLayout(0, L, 2)
+    LB: gl.constexpr = gl.DotOperandLayout(1, L, 2)
+    COLUMNS: gl.constexpr = 0xFFFF if cols.dtype.element_ty == gl.int16 else 0x7FFFFFFF
+    acc = gl.zeros([NT, 16, BM], gl.float32, L)
+    most = 0
+    for block in gl.static_range(NT // 4):
+        start = starts + pn * (NT // 4) + block
+        most = gl.maximum(most, gl.load(start + 1) - gl.load(start))
+    nt_a = _axis3(NT, 0, LA)
+    nt_b = _axis3(NT, 0, LB)
+    first_a = gl.load(starts + pn * (NT // 4) + nt_a // 4)
+    first_b = gl.load(starts + pn * (NT // 4) + nt_b // 4)
+    end_a = gl.load(starts + pn * (NT // 4) + nt_a // 4 + 1)
+    end_b = gl.load(starts + pn * (NT // 4) + nt_b // 4 + 1)
+    at_a = nt_a % 4 * 16 + _axis3(16, 2, LA)
+    at_b = nt_b % 4 * 16 + _axis3(16, 1, LB)
+    row = _axis3(16, 1, LA)
+    token = pm * BM + _axis3(BM, 2, LB)
+    for chunk in range(gl.program_id(1), most, splits):
+        live = first_a + chunk < end_a
+        at = (first_a + chunk) * 64 + at_a
+        value = gl.load(values + at, mask=live, other=0.0)
+        a = gl.where(gl.load(rows + at, mask=live, other=0).to(gl.int32) == row, value, 0.0)
+        col = gl.load(cols + (first_b + chunk) * 64 + at_b, mask=first_b + chunk < end_b, other=0)
+        col = col.to(gl.int32) & COLUMNS
+        b = gl.load(x + token.to(gl.int64) * K + col, mask=token < M, other=0.0)
+        acc = mma_v2(a, b, acc)
+    return gl.reshape(acc, [BN, BM])

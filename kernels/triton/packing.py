@@ -9,6 +9,10 @@ words: int32 [N / 64, K / 128, KB, planes, 4, 8 (g), 4 (t), V]: blocks of 64 out
 scales: fp16 (bf16 or fp32 where fp16 loses) [parts, N]; zeros: uint8 [parts, N]. A part is ``group`` inputs:
        32, 64 or 128, with larger groups repeated; ``group`` 0 is one part over all inputs.
 
+overlay: residuals in chunks of 64 entries for each block of outputs, 16 for each 16 outputs, zero-padded:
+       values (the activations' type), rows (uint8, of 16), cols (int16 as uint16, or int32) [chunks, 4, 16];
+       starts: int32 [N / 64 + 1], the blocks' first chunks.
+
 Inputs are sorted by group, each group padded to whole parts, all of them to 128; outputs are padded to 64.
 """
 
@@ -17,10 +21,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layout import PackedWeight
+from ..layout import PackedWeight, SparseOverlay
 from .fragments import ROWS, STEP, fields, fragments_per_unit, vector, vectors, words_per_unit
 
 _CHUNK = 1 << 24  # codes that are packed at once
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FragmentOverlay:
+    """Sparse residuals of a weight. Tensors: see above."""
+
+    starts: Tensor
+    values: Tensor
+    rows: Tensor
+    cols: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As kernels take them."""
+        return (self.starts, self.values, self.rows, self.cols)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.numel() * t.element_size() for t in self.tensors)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +63,7 @@ class FragmentWeight:
     zeros: Tensor | None
     order: Tensor | None
     bias: Tensor | None
+    overlay: FragmentOverlay | None = None
 
     @property
     def inputs(self) -> int:
@@ -49,7 +74,8 @@ class FragmentWeight:
     def nbytes(self) -> int:
         """Bytes held."""
         tensors = (self.words, self.scales, self.zeros, self.order, self.bias)
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        held = sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return held + (0 if self.overlay is None else self.overlay.nbytes)
 
 
 def padded(size: int, multiple: int) -> int:
@@ -57,8 +83,11 @@ def padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def pack(weight: PackedWeight, device: torch.device | str) -> FragmentWeight:
-    """The weight in fragment order on ``device``. Zero points must be whole numbers up to 255."""
+def pack(weight: PackedWeight, device: torch.device | str, dtype: torch.dtype) -> FragmentWeight:
+    """The weight in fragment order on ``device``, for activations of ``dtype`` (fp16 or bf16).
+
+    Zero points must be whole numbers up to 255.
+    """
     spec = weight.spec
     assert spec is not None and weight.scales is not None
     counts = weight.group_of_inputs().bincount(minlength=spec.num_groups(weight.in_features))
@@ -80,6 +109,7 @@ def pack(weight: PackedWeight, device: torch.device | str) -> FragmentWeight:
         None if zeros is None else _by_part(zeros.to(torch.uint8), groups, device),
         None if trivial else order.to(device, torch.int32),
         None if weight.bias is None else weight.bias.to(device, torch.float32),
+        None if weight.outliers is None else _pack_overlay(weight.outliers, order, device, dtype),
     )
 
 
@@ -162,3 +192,30 @@ def _pack_rows(codes: Tensor, bits: int) -> Tensor:
             for half in range(2):
                 planes[bit] |= (units[..., 15, half] >> bit & 1) << (15 + 16 * half)
     return torch.stack(planes, 3)
+
+
+def _pack_overlay(
+    overlay: SparseOverlay, order: Tensor, device: torch.device | str, dtype: torch.dtype
+) -> FragmentOverlay:
+    """Sort entries by groups of 16 rows; place entry ``i`` of a group in its block's chunk ``i // 16``."""
+    counts = overlay.rowptr.diff().long().cpu()
+    rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    place = torch.empty(int(order.max()) + 1, dtype=torch.int64)
+    place[order] = torch.arange(len(order))
+    cols = place[overlay.cols.cpu().long()]
+    blocks = padded(len(counts), ROWS.value) // ROWS.value
+    by_group = torch.bincount(rows // 16, minlength=4 * blocks)
+    chunks = (-(-by_group // 16)).view(blocks, 4).amax(1)
+    starts = torch.cat([chunks.new_zeros(1), chunks.cumsum(0)])
+    # CSR's rows ascend, so the entries of a group follow each other.
+    within = torch.arange(len(rows)) - (by_group.cumsum(0) - by_group)[rows // 16]
+    at = ((starts[rows // 64] + within // 16) * 4 + rows // 16 % 4) * 16 + within % 16
+    shape = (int(starts[-1]), 4, 16)
+    narrow = torch.int16 if len(order) <= 1 << 16 else torch.int32
+    values, row, col = (torch.zeros(shape, dtype=t) for t in (dtype, torch.uint8, torch.int64))
+    values.view(-1)[at] = overlay.values.cpu().to(dtype)
+    row.view(-1)[at] = (rows % 16).to(torch.uint8)
+    col.view(-1)[at] = cols
+    return FragmentOverlay(
+        starts.int().to(device), values.to(device), row.to(device), col.to(narrow).to(device)
+    )

@@ -34,7 +34,7 @@ def _place(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _addresses(words, pn, N, steps, begin, BITS: tl.constexpr, GROUP: tl.constexpr, NT: tl.constexpr):
+def addresses(words, pn, N, steps, begin, BITS: tl.constexpr, GROUP: tl.constexpr, NT: tl.constexpr):
     """Where the first plane's words of a step lie, and its row in scales and zeros: [KB, NT, 8, 4, V]."""
     V: tl.constexpr = vector(BITS)
     kb = tl.arange(0, vectors(BITS))[:, None, None, None, None]
@@ -52,7 +52,7 @@ def _addresses(words, pn, N, steps, begin, BITS: tl.constexpr, GROUP: tl.constex
 
 
 @triton.jit
-def _weights(
+def weights(
     words_at, pairs_at, zeros_at, BITS: tl.constexpr, ZEROS: tl.constexpr, SCALE: tl.constexpr,
     dt: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -71,25 +71,52 @@ def _weights(
 
 
 @triton.jit
+def _sparse_sum(
+    x, starts, values, rows, cols, pn, pm, splits, M, K, BM: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """As in ``mma_linear``: the overlay's part of the sums, [BN, BM]."""
+    NT: tl.constexpr = BN // 16
+    COLUMNS: tl.constexpr = 0xFFFF if cols.dtype.element_ty == tl.int16 else 0x7FFFFFFF
+    nt = tl.arange(0, NT)[:, None, None]
+    first = tl.load(starts + pn * (NT // 4) + nt // 4)
+    end = tl.load(starts + pn * (NT // 4) + nt // 4 + 1)
+    most = tl.max(end - first)
+    row = tl.arange(0, 16)[None, :, None]
+    token = pm * BM + tl.arange(0, BM)[None, None, :]
+    acc = tl.zeros((NT, 16, BM), tl.float32)
+    for chunk in range(tl.program_id(1), most, splits):
+        live = first + chunk < end
+        at = (first + chunk) * 64 + nt % 4 * 16
+        at_a = at + tl.arange(0, 16)[None, None, :]
+        at_b = at + tl.arange(0, 16)[None, :, None]
+        value = tl.load(values + at_a, mask=live, other=0.0)
+        a = tl.where(tl.load(rows + at_a, mask=live, other=0) == row, value, 0.0)
+        col = tl.load(cols + at_b, mask=live, other=0).to(tl.int32) & COLUMNS
+        b = tl.load(x + token.to(tl.int64) * K + col, mask=token < M, other=0.0)
+        acc = tl.dot(a, b, acc)
+    return tl.reshape(acc, (BN, BM))
+
+
+@triton.jit(do_not_specialize=["M", "splits", "num_bias"])
 def tile_linear(
-    x, words, scales, zeros, bias, out, partial, locks, M, N, K,
-    BITS: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr,
-    SCALE_WEIGHTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT_K: tl.constexpr,
-    STAGES: tl.constexpr, ASM: tl.constexpr,
+    x, words, scales, zeros, bias, starts, values, rows, cols, out, partial, locks,
+    M, N, K, splits, num_bias,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, SPARSE: tl.constexpr,
+    SCALE_WEIGHTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Arguments as of ``mma_linear``. Without SCALE_WEIGHTS ``GROUP`` must be 128 or 0. ASM: PTX unpacks.
 
-    Grid: (tiles of N * tiles of M, SPLIT_K).
+    Grid: (tiles of N * tiles of M, splits).
     """
     dt: tl.constexpr = x.dtype.element_ty
     PARTS: tl.constexpr = STEP // GROUP if GROUP else 1
     tl.static_assert(SCALE_WEIGHTS or PARTS == 1)
     pn, pm = _place(M, N, BM, BN, 8)
-    per = tl.cdiv(K // STEP, SPLIT_K)
+    per = tl.cdiv(K // STEP, splits)
     begin = tl.program_id(1) * per
     end = tl.minimum(K // STEP, begin + per)
     padded = tl.cdiv(N, ROWS) * ROWS
-    words_at, row = _addresses(words, pn, N, K // STEP, begin, BITS, GROUP, BN // 16)
+    words_at, row = addresses(words, pn, N, K // STEP, begin, BITS, GROUP, BN // 16)
     n = tl.arange(0, BN)
     m = tl.arange(0, BM)
     first = begin * PARTS * padded if GROUP else 0
@@ -101,7 +128,7 @@ def tile_linear(
     x_at = x + token.to(tl.int64)[:, None] * K + (begin * STEP + tl.arange(0, STEP))[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
     for _ in tl.range(begin, end, num_stages=STAGES):
-        w = _weights(words_at, pairs_at, zeros_at, BITS, ZEROS, SCALE_WEIGHTS, dt, ASM)
+        w = weights(words_at, pairs_at, zeros_at, BITS, ZEROS, SCALE_WEIGHTS, dt, ASM)
         xs = tl.load(x_at, mask=live, other=0.0, eviction_policy="evict_last")
         if SCALE_WEIGHTS or GROUP == 0:
             acc = tl.dot(w, tl.trans(xs), acc)
@@ -115,5 +142,7 @@ def tile_linear(
             zeros_at += PARTS * padded
     if GROUP == 0 and not SCALE_WEIGHTS:
         acc *= tl.load(scales_at).to(tl.float32)[:, None]
+    if SPARSE:
+        acc += _sparse_sum(x, starts, values, rows, cols, pn, pm, splits, M, K, BM, BN)
     tile = pm * tl.cdiv(N, BN) + pn
-    finish(acc, n, m, tile, pn * BN, pm * BM, out, bias, partial, locks, M, N, BIAS, SPLIT_K)
+    finish(acc, n, m, tile, pn * BN, pm * BM, out, bias, partial, locks, M, N, splits, num_bias)

@@ -46,7 +46,9 @@ _TILE_MMA = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 def _signature(dtype: str, scales: str = "fp16") -> dict[str, str]:
     return {
         "x": f"*{dtype}", "words": "*i32", "scales": f"*{scales}", "zeros": "*u8", "bias": "*fp32",
-        "out": f"*{dtype}", "partial": "*fp32", "locks": "*i32", "M": "i32", "N": "i32", "K": "i32",
+        "starts": "*i32", "values": f"*{dtype}", "rows": "*u8", "cols": "*i16",
+        "out": f"*{dtype}", "partial": "*fp32", "locks": "*i32",
+        "M": "i32", "N": "i32", "K": "i32", "splits": "i32", "num_bias": "i32",
     }  # fmt: skip
 
 
@@ -55,8 +57,8 @@ def _linear(name: str, targets: tuple[str, ...], dtype: str, budget: float, **gi
     gluon = given.pop("gluon", True)
     warps = given.pop("warps", 4)
     constants: dict[str, Any] = {
-        "BITS": 4, "GROUP": 128, "ZEROS": False, "BIAS": False, "SCALE_WEIGHTS": False, "BM": 8, "BN": 64,
-        "SPLIT_K": 4, "STAGES": 4,
+        "BITS": 4, "GROUP": 128, "ZEROS": False, "SPARSE": False, "SCALE_WEIGHTS": False, "BM": 8,
+        "BN": 64, "STAGES": 4,
     } | given  # fmt: skip
     decode = constants["BM"] <= 64
     constants |= {"WARPS": warps} if gluon else {"ASM": targets[0].startswith("sm")}
@@ -85,17 +87,17 @@ def variants() -> list[Variant]:
         for bits, budget in ((2, 2.6), (3, 2.9), (4, 2.7), (8, 3.3)):
             found.append(_linear(f"decode-w{bits}-{dtype}", mma_sync, dtype, budget, BITS=bits, BM=8))
         found += [
-            _linear(f"decode-w4-{dtype}-asym-g32", mma_sync, dtype, 3.6, GROUP=32, ZEROS=True, BIAS=True),
+            _linear(f"decode-w4-{dtype}-asym-g32", mma_sync, dtype, 3.6, GROUP=32, ZEROS=True),
             _linear(f"decode-w4-{dtype}-wide", mma_sync, dtype, 2.3, BN=128, BM=16),
             _linear(f"decode-w4-{dtype}-wgmma", ("sm_90",), dtype, 4.0, gluon=False, BM=64, BN=128,
                     warps=8, STAGES=3),
             _linear(f"prefill-w4-{dtype}-mma", ("sm_80", "sm_86", "sm_89"), dtype, 12.0, BM=128, BN=128,
-                    warps=8, STAGES=2, SPLIT_K=1, SCALE_WEIGHTS=True, ZEROS=True),
+                    warps=8, STAGES=2, SCALE_WEIGHTS=True, ZEROS=True),
             _linear(f"prefill-w4-{dtype}-wgmma", ("sm_90", "sm_100"), dtype, 8.0, gluon=False, BM=128,
-                    BN=128, warps=8, STAGES=3, SPLIT_K=1, SCALE_WEIGHTS=True, ZEROS=True),
+                    BN=128, warps=8, STAGES=3, SCALE_WEIGHTS=True, ZEROS=True),
             _linear(f"decode-w4-{dtype}-mfma", ("gfx942",), dtype, 99.0, gluon=False, BM=16, STAGES=2,
                     ZEROS=True),
             _linear(f"prefill-w4-{dtype}-mfma", ("gfx942",), dtype, 99.0, gluon=False, BM=64, BN=128,
-                    STAGES=2, SPLIT_K=1, SCALE_WEIGHTS=True, ZEROS=True),
+                    STAGES=2, SCALE_WEIGHTS=True, ZEROS=True),
         ]  # fmt: skip
     return found

@@ -1,0 +1,42 @@
+"""A packed weight as a dense matrix, overlay included: for many tokens, where a dense product pays."""
+
+import triton
+import triton.language as tl
+
+from .fragments import ROWS, STEP
+from .tile_linear import addresses, weights
+
+
+@triton.jit
+def dequantize(
+    words, scales, zeros, out, N, K,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """out: [N padded to 64, K] fp16 or bf16, rounded once. Grid: (N / 64, K / 128)."""
+    PART: tl.constexpr = GROUP if GROUP else STEP
+    step = tl.program_id(1)
+    padded = tl.cdiv(N, ROWS) * ROWS
+    first = step * (STEP // PART) * padded if GROUP else 0
+    at, row = addresses(words, tl.program_id(0), N, K // STEP, step, BITS, GROUP, ROWS // 16)
+    codes = weights(at, scales, zeros + first + row, BITS, ZEROS, False, out.dtype.element_ty, ASM)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    k = tl.arange(0, STEP)[None, :]
+    scale = tl.load(scales + first + k // PART * padded + n).to(tl.float32)
+    to = out + n.to(tl.int64) * K + step * STEP + k
+    tl.store(to, (codes.to(tl.float32) * scale).to(out.dtype.element_ty))
+
+
+@triton.jit
+def add_overlay(starts, values, rows, cols, out, K):
+    """Add a block's entries to out: [N padded to 64, K]. Grid: (N / 64,)."""
+    COLUMNS: tl.constexpr = 0xFFFF if cols.dtype.element_ty == tl.int16 else 0x7FFFFFFF
+    block = tl.program_id(0)
+    entry = tl.arange(0, 64)
+    for chunk in range(tl.load(starts + block), tl.load(starts + block + 1)):
+        at = chunk * 64 + entry
+        value = tl.load(values + at)
+        row = block * ROWS + entry // 16 * 16 + tl.load(rows + at).to(tl.int32)
+        to = out + row.to(tl.int64) * K + (tl.load(cols + at).to(tl.int32) & COLUMNS)
+        # Padding is zero and stands where an entry may: it must not write.
+        dense = tl.load(to, mask=value != 0, other=0.0).to(tl.float32)
+        tl.store(to, (dense + value.to(tl.float32)).to(out.dtype.element_ty), mask=value != 0)

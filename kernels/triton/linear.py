@@ -1,0 +1,52 @@
+"""The GPU's low-bit linears as a candidate of the dispatch table. Triton is imported when it is taken."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+
+from ..dispatch import PackedLinear, Target, WeightTraits
+from ..layout import PackedWeight
+from .launch import Machine, supports
+
+_FP16_MAX = 65504.0
+
+
+@dataclass(frozen=True, slots=True)
+class LowBitKernel:
+    """Takes quantized weights of any shape, groups and order of inputs, with whole zero points."""
+
+    name: str = "triton-low-bit"
+
+    def refuses(self, target: Target, *, weight: WeightTraits) -> str | None:
+        """Why it cannot take the weight, or None."""
+        if torch.device(target.device).type != "cuda":
+            return f"runs on a GPU, not on {target.device}"
+        if weight.spec is None:
+            return "takes quantized weights only"
+        if weight.spec.num_bits not in (2, 3, 4, 8):
+            return f"takes 2, 3, 4 or 8 bits, not {weight.spec.num_bits}"
+        if not weight.whole_zeros:
+            return "takes zero points that are whole numbers from 0 to 255"
+        if target.dtype not in (torch.float16, torch.bfloat16):
+            return f"computes in float16 or bfloat16, asked for {str(target.dtype).removeprefix('torch.')}"
+        if target.dtype == torch.float16 and not weight.max_abs <= _FP16_MAX:
+            return f"fp16 would overflow: a weight's magnitude is up to {weight.max_abs:.4g}"
+        if find_spec("triton") is None:
+            return "triton is not installed"
+        machine = Machine.of(target.device)
+        if not supports(machine):
+            return f"has no launches for {machine.name} ({machine.architecture})"
+        return None
+
+    def repack(self, weight: PackedWeight, target: Target) -> PackedLinear:
+        """Pack in the order of tensor cores' fragments."""
+        packing = import_module(".packing", __package__)
+        low_bit = import_module(".low_bit", __package__)
+        packed = packing.pack(weight, target.device, target.dtype)
+        linear: PackedLinear = low_bit.LowBitLinear(packed, Machine.of(target.device))
+        return linear
+
+
+low_bit = LowBitKernel()

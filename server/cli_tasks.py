@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from ..engine.client import child_environment
 from ..engine.config import Device, DType
 from ..engine.errors import ConfigError
+from .cli_quantize import Model, Quantize, Revision, Threads
 from .settings import parse_size
 
 STOP_SECONDS = 15.0  # what an interrupted task may take to remove its files
@@ -21,9 +22,6 @@ WORST_MODULES = 12  # rows of the table of errors
 GIVE_UP = 1  # exit code where the task failed through no fault of the user
 
 Json = dict[str, Any]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a hub id (owner/name).")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
-Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads. [default: physical cores]")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,38 +37,6 @@ class Check:
     kv_cache_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory for the KV cache, as in 2GiB.")
     ] = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quantize:
-    """Compress MODEL into the new folder OUT, a checkpoint of the GPTQ family."""
-
-    model: Model
-    out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write.")]
-    method: Annotated[str, typer.Option(help="gptq, or rtn (round to nearest).")] = "gptq"
-    revision: Revision = None
-    bits: Annotated[int, typer.Option(metavar="2|3|4|8", help="Bits of a weight.")] = 4
-    group_size: Annotated[int, typer.Option(metavar="N", help="Inputs per scale; -1: a whole row.")] = 128
-    symmetric: Annotated[
-        bool, typer.Option("--sym/--asym", help="The zero point in the middle, or one for each group.")
-    ] = True
-    actorder: Annotated[
-        Literal["none", "group"], typer.Option(help="group: most important inputs first (stored g_idx).")
-    ] = "none"
-    checkpoint_format: Annotated[
-        Literal["gptq", "gptq_v2"] | None, typer.Option(help="[default: gptq for --sym, gptq_v2 for --asym]")
-    ] = None
-    calibration: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Text; <|endoftext|> separates documents. [default: built in]"),
-    ] = None
-    num_samples: Annotated[int, typer.Option(metavar="N", help="Calibration sequences.")] = 128
-    seq_len: Annotated[int, typer.Option(metavar="N", help="Their longest length, in tokens.")] = 2048
-    damping: Annotated[float, typer.Option(help="Share of the Hessian's mean diagonal.")] = 0.01
-    mse: Annotated[float, typer.Option(help="Search ranges by |error|^MSE, 2.4 is usual; 0: off.")] = 0.0
-    seed: Annotated[int, typer.Option(metavar="N", help="Order of the calibration documents.")] = 0
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False
-    num_threads: Threads = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +104,7 @@ def _bytes(option: str, value: str | None) -> int | None:
 
 
 def _quantize(given: Quantize) -> None:
-    summary = run_task("quantize", asdict(given))
+    summary = run_task("quantize", given.options())
     if summary["modules"]:
         _print_errors(summary["modules"])
     for name, reason in summary["dense"].items():

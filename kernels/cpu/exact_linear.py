@@ -26,7 +26,7 @@ def _code_vectors(kernel: _Tile, address: ir.Value, scale: ir.Value, zero: ir.Va
     """The 32 inputs of a group as fp32 vectors over the rows: (code - zero) * scale."""
     emit, builder, lanes = kernel.emit, kernel.builder, kernel.lanes
     vectors = []
-    for quad in kernel.quads(address):
+    for (quad,) in kernel.codes(address, whole=True):
         words = builder.bitcast(quad, kernel.int_vector)
         for t in range(4):
             shifted = builder.lshr(words, emit.constant(I32, 8 * t, lanes)) if t else words

@@ -9,6 +9,7 @@ Activations come in tiles of ``tokens`` rows: x8 int32 [K / 4, tokens] (a quad o
 symmetric weights, times 1 otherwise.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
@@ -26,7 +27,7 @@ PREFETCH_BYTES = 6144
 
 
 class _Tile:
-    """Emits one tile for one instruction set and bit width."""
+    """Emits the pieces of a tile for one instruction set and bit width."""
 
     def __init__(self, builder: ir.IRBuilder, isa: int, num_bits: int, tokens: int) -> None:
         self.emit = Emitter(builder)
@@ -37,55 +38,88 @@ class _Tile:
         self.float_vector = ir.VectorType(F32, self.lanes)
         self.byte_vector = ir.VectorType(I8, 4 * self.lanes)
 
-    def quads(self, address: ir.Value) -> list[ir.Value]:
-        """The codes of the group's 8 quads as unsigned bytes; ``address`` includes the half's offset."""
+    def passes(self) -> list[list[int]]:
+        """The halves of the rows that are computed at once: as many as registers hold the sums of."""
+        if self.isa == VNNI:
+            return [[0]]
+        # 8 bit has two sums for each output, see ``codes``.
+        return [[0], [1]] if self.num_bits == 8 and self.tokens > 2 else [[0, 1]]
+
+    def codes(self, address: ir.Value, whole: bool = False) -> Iterator[list[ir.Value]]:
+        """The codes of the group's 8 quads as unsigned bytes; ``address`` includes the half's offset.
+
+        8 bit on AVX2, unless ``whole``: low and high nibbles. pmaddubsw of 255 * 127 pairs would saturate.
+        """
         emit = self.emit
         if self.num_bits == 8:
-            return [emit.load(self.byte_vector, emit.offset(address, 64 * j)) for j in range(8)]
+            for quad in range(8):
+                vector = emit.load(self.byte_vector, emit.offset(address, 64 * quad))
+                if whole or self.isa == VNNI:
+                    yield [vector]
+                else:
+                    yield [emit.masked(vector, 15), emit.masked(emit.shifted_bytes(vector, 4), 15)]
+            return
         bits = 2 if self.num_bits == 3 else self.num_bits
         per_byte = 8 // bits
-        vectors = [emit.load(self.byte_vector, emit.offset(address, 64 * j)) for j in range(8 // per_byte)]
-        mask = (1 << bits) - 1
-        low = [emit.masked(emit.shifted_bytes(v, bits * i), mask) for v in vectors for i in range(per_byte)]
-        if self.num_bits != 3:
-            return low
-        plane = emit.load(self.byte_vector, emit.offset(address, 128))
-        high = [emit.masked(emit.shifted_bytes(plane, quad - 2), 4) for quad in range(8)]
-        return [self.builder.or_(a, b) for a, b in zip(low, high, strict=True)]
+        plane = emit.load(self.byte_vector, emit.offset(address, 128)) if self.num_bits == 3 else None
+        vector = None
+        for quad in range(8):
+            index, place = divmod(quad, per_byte)
+            if place == 0:
+                vector = emit.load(self.byte_vector, emit.offset(address, 64 * index))
+            code = emit.masked(emit.shifted_bytes(vector, bits * place), (1 << bits) - 1)
+            if plane is not None:
+                code = self.builder.or_(code, emit.masked(emit.shifted_bytes(plane, quad - 2), 4))
+            yield [code]
 
-    def dot(self, quads: list[ir.Value], activations: list[ir.Value], start: ir.Value) -> ir.Value:
-        """start + sum over the 8 quads of codes * activations, per output row; exact_linear."""
+    def accumulate(self, sums: list[ir.Value], codes: list[ir.Value], x: ir.Value, quad: int) -> None:
+        """Add codes * x; ``sums`` as ``total`` takes them."""
         if self.isa == VNNI:
-            return self._dot_vnni(quads, activations, start)
-        if self.num_bits == 8:
-            # A byte is 16 * high + low: pmaddubsw of 255 * 127 pairs would saturate, nibbles cannot.
-            low = self._dot_avx2([self.emit.masked(q, 15) for q in quads], activations)
-            high = self._dot_avx2(
-                [self.emit.masked(self.emit.shifted_bytes(q, 4), 15) for q in quads], activations
-            )
-            high = self.builder.shl(high, self.emit.constant(I32, 4, self.lanes))
-            return self.builder.add(start, self.builder.add(low, high))
-        return self.builder.add(start, self._dot_avx2(quads, activations))
-
-    def _dot_vnni(self, quads: list[ir.Value], activations: list[ir.Value], start: ir.Value) -> ir.Value:
-        # One token has too few independent sums to hide vpdpbusd's latency: use two.
-        sums = [start] if self.tokens > 2 else [start, ir.Constant(self.int_vector, [0] * self.lanes)]
-        name = f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}"
-        for index, (quad, x) in enumerate(zip(quads, activations, strict=True)):
-            slot = index % len(sums)
-            sums[slot] = self.emit.call(name, self.int_vector, [sums[slot], quad, x])
-        return sums[0] if len(sums) == 1 else self.builder.add(sums[0], sums[1])
-
-    def _dot_avx2(self, quads: list[ir.Value], activations: list[ir.Value]) -> ir.Value:
+            name = f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}"
+            slot = quad % len(sums)
+            sums[slot] = self.emit.call(name, self.int_vector, [sums[slot], codes[0], x])
+            return
         words = ir.VectorType(I16, 2 * self.lanes)
-        total: ir.Value | None = None
-        for quad, x in zip(quads, activations, strict=True):
+        for slot, code in enumerate(codes):
             # At most 8 * 2 * 15 * 127 = 30480: sixteen products of a group fit 16 bits.
-            pairs = self.emit.call("llvm.x86.avx2.pmadd.ub.sw", words, [quad, x])
-            total = pairs if total is None else self.builder.add(total, pairs)
-        assert total is not None
+            pairs = self.emit.call("llvm.x86.avx2.pmadd.ub.sw", words, [code, x])
+            if slot == len(sums):
+                sums.append(pairs)
+            else:
+                sums[slot] = _opaque(self.builder, self.builder.add(sums[slot], pairs))
+
+    def begin(self, start: ir.Value) -> list[ir.Value]:
+        """Sums of nothing. One token has too few independent ones to hide vpdpbusd's latency: two each."""
+        if self.isa == AVX2:
+            return []
+        return [start] if self.tokens > 2 else [start, ir.Constant(self.int_vector, [0] * self.lanes)]
+
+    def per_row(self, base: ir.Value, g: ir.Value, half: int) -> ir.Value:
+        """Scales or zero points of a group, as fp32."""
+        address = self.emit.offset(base, self.emit.scaled(g, 32), 2 * self.lanes * half)
+        return self.builder.fpext(self.emit.load(ir.VectorType(F16, self.lanes), address), self.float_vector)
+
+    def total(self, sums: list[ir.Value], start: ir.Value) -> ir.Value:
+        """One int32 per output row, exact."""
+        if self.isa == VNNI:
+            return sums[0] if len(sums) == 1 else self.builder.add(sums[0], sums[1])
         ones = self.emit.constant(I16, 1, 2 * self.lanes)
-        return self.emit.call("llvm.x86.avx2.pmadd.wd", self.int_vector, [total, ones])
+        name = "llvm.x86.avx2.pmadd.wd"
+        total = [self.emit.call(name, self.int_vector, [value, ones]) for value in sums]
+        if len(total) == 2:
+            high = self.builder.shl(total[1], self.emit.constant(I32, 4, self.lanes))
+            total[0] = self.builder.add(total[0], high)
+        return self.builder.add(start, total[0])
+
+
+def _opaque(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """The value (a vector or an address), of which LLVM then knows nothing. It costs no instruction.
+
+    LLVM makes trees of long integer sums, whose leaves it then spills.
+    """
+    same = ir.FunctionType(value.type, [value.type])
+    kind = "v" if isinstance(value.type, ir.VectorType) else "r"
+    return builder.asm(same, "", f"={kind},0", [value], False)
 
 
 def _literal(value: Any) -> int:
@@ -111,32 +145,26 @@ def tile(
     accumulate: Any,
 ) -> Any:
     """One 16-row block of weights times ``tokens`` activation rows into y (row stride ldy floats)."""
-    if not all(isinstance(t, types.IntegerLiteral) for t in (isa, num_bits, tokens, asym)):
+    literals = (isa, num_bits, tokens, asym)
+    if not all(isinstance(t, types.IntegerLiteral) for t in literals):
         return None
-    constants = [_literal(t) for t in (isa, num_bits, tokens, asym)]
-    pointer = types.intp
-    signature = types.void(isa, num_bits, tokens, asym, *([pointer] * 10))
+    isa_, bits, count, zero_points = (_literal(t) for t in literals)
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        kernel = _Tile(builder, *constants[:3])
-        halves = 1 if kernel.isa == VNNI else 2
-        # Few tokens: both halves in one pass over the weights; many: registers are short, one half at a time.
-        together = [list(range(halves))] if kernel.tokens == 1 else [[half] for half in range(halves)]
-        for part in together:
-            _emit_pass(kernel, part, bool(constants[3]), arguments[4:])
+        kernel = _Tile(builder, isa_, bits, count)
+        for halves in kernel.passes():
+            _emit_pass(kernel, halves, bool(zero_points), arguments[4:])
         return context.get_dummy_value()
 
-    return signature, codegen
+    return types.void(*literals, *([types.intp] * 10)), codegen
 
 
 def _emit_pass(kernel: _Tile, halves: list[int], asym: bool, arguments: list[ir.Value]) -> None:
     w, ws, wz, x8, xs, sums, y, ldy, groups, accumulate = arguments
     builder, emit, tokens, lanes = kernel.builder, kernel.emit, kernel.tokens, kernel.lanes
-    zero = ir.Constant(kernel.float_vector, [0.0] * lanes)
-    totals = {(h, m): cgutils.alloca_once_value(builder, zero) for h in halves for m in range(tokens)}
-    for slot in totals.values():
-        builder.store(zero, slot)
+    nothing = ir.Constant(kernel.int_vector, [0] * lanes)
     group_bytes = GROUP_BYTES[kernel.num_bits]
+    totals = _totals(kernel, len(halves))
     with cgutils.for_range(builder, groups) as loop:
         g = loop.index
         weights = emit.offset(w, emit.scaled(g, group_bytes))
@@ -144,34 +172,55 @@ def _emit_pass(kernel: _Tile, halves: list[int], asym: bool, arguments: list[ir.
             emit.prefetch(emit.offset(weights, PREFETCH_BYTES + line))
         x_group = emit.offset(x8, emit.scaled(g, 32 * tokens))
         per_token = emit.scaled(g, 4 * tokens)
-        quads = {h: kernel.quads(emit.offset(weights, 4 * lanes * h)) for h in halves}
-        for m in range(tokens):
-            start = emit.splat(emit.load(I32, emit.offset(sums, per_token, 4 * m), 4), lanes)
+        starts = [
+            emit.splat(emit.load(I32, emit.offset(sums, per_token, 4 * m), 4), lanes) for m in range(tokens)
+        ]
+        dots = [[kernel.begin(nothing if asym else start) for _ in halves] for start in starts]
+        # Quad by quad: a broadcast quad of activations serves both halves, and few codes are alive at a time.
+        codes = [kernel.codes(emit.offset(weights, 4 * lanes * h)) for h in halves]
+        for quad, per_half in enumerate(zip(*codes, strict=True)):
+            for m in range(tokens):
+                x = emit.splat(emit.load(I32, emit.offset(x_group, (quad * tokens + m) * 4), 4), lanes)
+                for dot, code in zip(dots[m], per_half, strict=True):
+                    kernel.accumulate(dot, code, builder.bitcast(x, kernel.byte_vector), quad)
+        row_scales = [kernel.per_row(ws, g, h) for h in halves]
+        zeros = [kernel.per_row(wz, g, h) for h in halves] if asym else []
+        for m, start in enumerate(starts):
             scale = emit.splat(emit.load(F32, emit.offset(xs, per_token, 4 * m), 4), lanes)
-            activations = [
-                builder.bitcast(
-                    emit.splat(emit.load(I32, emit.offset(x_group, (q * tokens + m) * 4), 4), lanes),
-                    kernel.byte_vector,
-                )
-                for q in range(8)
-            ]
-            for h in halves:
-                nothing = ir.Constant(kernel.int_vector, [0] * lanes)
-                dots = kernel.dot(quads[h], activations, nothing if asym else start)
-                value = builder.sitofp(dots, kernel.float_vector)
-                vector = ir.VectorType(F16, lanes)
-                per_row = [emit.scaled(g, 32), I64(2 * lanes * h)]
+            for i, row_scale in enumerate(row_scales):
+                value = kernel.total(dots[m][i], nothing if asym else start)
+                value = builder.sitofp(value, kernel.float_vector)
                 if asym:
-                    zeros = builder.fpext(emit.load(vector, emit.offset(wz, *per_row)), kernel.float_vector)
-                    value = emit.fma(zeros, builder.sitofp(start, kernel.float_vector), value)
-                row_scale = builder.fpext(emit.load(vector, emit.offset(ws, *per_row)), kernel.float_vector)
-                factor = builder.fmul(row_scale, scale)
-                builder.store(emit.fma(factor, value, builder.load(totals[h, m])), totals[h, m])
-    for (h, m), slot in totals.items():
-        address = emit.offset(y, emit.scaled(ldy, 4 * m), 4 * lanes * h)
-        value = builder.load(slot)
-        with builder.if_else(builder.icmp_signed("!=", accumulate, I64(0))) as (then, otherwise):
-            with then:
-                emit.store(builder.fadd(value, emit.load(kernel.float_vector, address, 4)), address, 4)
-            with otherwise:
-                emit.store(value, address, 4)
+                    value = emit.fma(zeros[i], builder.sitofp(start, kernel.float_vector), value)
+                total = emit.fma(builder.fmul(row_scale, scale), value, builder.load(totals[m][i]))
+                builder.store(total, totals[m][i])
+    for m in range(tokens):
+        for h, slot in zip(halves, totals[m], strict=True):
+            address = emit.offset(y, emit.scaled(ldy, 4 * m), 4 * lanes * h)
+            value = builder.load(slot)
+            with builder.if_else(builder.icmp_signed("!=", accumulate, I64(0))) as (then, otherwise):
+                with then:
+                    emit.store(builder.fadd(value, emit.load(kernel.float_vector, address, 4)), address, 4)
+                with otherwise:
+                    emit.store(value, address, 4)
+
+
+def _totals(kernel: _Tile, halves: int) -> list[list[ir.Value]]:
+    """Pointers to the sums over groups, zeroed, by token and half.
+
+    AVX2's 16 registers hold the sums within a group, these are in memory. Left to itself LLVM spills the
+    wrong ones (four tokens: 120 GOP/s instead of 245).
+    """
+    builder, count = kernel.builder, kernel.tokens * halves
+    if kernel.isa == VNNI or kernel.tokens == 1:
+        pointers = [cgutils.alloca_once(builder, kernel.float_vector) for _ in range(count)]
+    else:
+        memory = cgutils.alloca_once(builder, ir.ArrayType(kernel.float_vector, count))
+        memory.align = 4 * kernel.lanes
+        address = _opaque(builder, builder.ptrtoint(memory, I64))
+        kind = ir.PointerType(kernel.float_vector)
+        places = [kernel.emit.offset(address, 4 * kernel.lanes * i) for i in range(count)]
+        pointers = [builder.inttoptr(place, kind) for place in places]
+    for pointer in pointers:
+        builder.store(kernel.emit.constant(F32, 0.0, kernel.lanes), pointer)
+    return [pointers[m * halves : (m + 1) * halves] for m in range(kernel.tokens)]

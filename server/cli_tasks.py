@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from ..engine.client import child_environment
-from ..engine.config import Device, DType
+from ..engine.config import CpuActivations, CpuKernels, Device, DType
 from ..engine.errors import ConfigError
 from .cli_quantize import Model, Quantize, Revision, Threads
 from .settings import parse_size
@@ -41,7 +41,11 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluate:
-    """Score MODEL on text: negative log-likelihood, perplexity, bits per byte; its distance to ORIGINAL."""
+    """Score MODEL on text: negative log-likelihood, perplexity, bits per byte; its distance to ORIGINAL.
+
+    Exact by default. With --cpu-kernels or --cpu-activations: as served with them; rounded activations are
+    compared with exact ones, or with ORIGINAL.
+    """
 
     model: Model
     text: Annotated[
@@ -53,6 +57,8 @@ class Evaluate:
     dtype: Annotated[DType, typer.Option(help="What to compute in.")] = "float32"
     max_len: Annotated[int | None, typer.Option(metavar="N", help="Context. [default: the model's]")] = None
     max_documents: Annotated[int | None, typer.Option(metavar="N", help="Score only the first ones.")] = None
+    cpu_kernels: Annotated[CpuKernels | None, typer.Option(help="As serve has it.")] = None
+    cpu_activations: Annotated[CpuActivations | None, typer.Option(help="As serve has it.")] = None
     num_threads: Threads = None
 
 
@@ -150,12 +156,17 @@ def _evaluate(given: Evaluate) -> None:
     found = run_task("evaluate", asdict(given))
     typer.echo(
         f"{found['num_tokens']} tokens, {found['num_bytes']} bytes of {found['text']}, {found['dtype']}"
+        + (f", {found['kernel']}" if "kernel" in found else "")
     )
-    typer.echo(f"NLL per token   {found['nll_per_token']:.4f} nats")
+    compared = ""
+    if "against" in found:
+        its, original = found["nll_per_token"], found["against_nll_per_token"]
+        compared = f" ({100 * (its / original - 1):+.3f} % from {original:.4f})" if original else ""
+    typer.echo(f"NLL per token   {found['nll_per_token']:.4f} nats{compared}")
     typer.echo(f"perplexity      {found['perplexity']:.4f}")
     typer.echo(f"bits per byte   {found['bits_per_byte']:.4f}")
     if "kl_per_token" in found:
-        typer.echo(f"KL per token    {found['kl_per_token']:.5f} nats from {given.against}")
+        typer.echo(f"KL per token    {found['kl_per_token']:.5f} nats from {found['against']}")
         typer.echo(f"top-1 agreement {100 * found['top1_agreement']:.2f} %")
 
 

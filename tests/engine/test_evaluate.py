@@ -9,12 +9,23 @@ import pytest
 import torch
 from nybble.engine.errors import ConfigError
 from nybble.engine.evaluate import SHIPPED_TEXT, EvaluateOptions, cut_windows, evaluate
+from nybble.engine.hardware import cpu_features
+from nybble.engine.quantize.job import quantize
+from nybble.engine.quantize.options import QuantizeOptions
 from nybble.engine.tokenizer import Tokenizer
+from nybble.kernels.cpu.numba_linear import bf16_refusal, instruction_set
+from nybble.kernels.dispatch import Target
 from tiny_models import tiny_transformer
 from tiny_tokenizer import write_tokenizer
 
 TEXT = "the cat and the dog<|endoftext|> in the rain, ünder the sea\n<|endoftext|>went <|endoftext|>"
 DOCUMENTS = ["the cat and the dog", "in the rain, ünder the sea", "went"]
+DEMO = Path(__file__).parents[2] / "engine" / "demo" / "gptq-4bit-g64"
+CPU = Target(cpu_features=cpu_features(), cpu_kernels="auto")
+compiled = pytest.mark.skipif(
+    instruction_set(CPU) is None, reason="the CPU has neither AVX2 nor AVX-512 VNNI"
+)
+ROUNDED = ["int8"] + ["bf16"] * (bf16_refusal(CPU) is None)
 
 
 def save(folder: Path, bos: bool = True, **fields: Any) -> Any:
@@ -135,7 +146,10 @@ def test_progress_and_the_shipped_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "int8"}, "--dtype int8"),
+        ({"dtype": "int8"}, "--dtype int8: use auto, float32, float16, bfloat16"),
+        ({"cpu_kernels": "sse"}, "--cpu-kernels sse: use auto"),
+        ({"cpu_activations": "fp8"}, "--cpu-activations fp8: use int8"),
+        ({"cpu_activations": "int8"}, "--cpu-activations int8: MODEL has no low-bit weights"),
         ({"max_len": 3}, "--max-len 3: must be at least 4"),
         ({"max_len": 4096}, "--max-len 4096: the model's context is 128"),
         ({"max_documents": 0}, "--max-documents 0"),
@@ -162,3 +176,62 @@ def test_an_empty_text_is_refused(tmp_path: Path, text: Path) -> None:
     text.write_text("<|endoftext|>\n")
     with pytest.raises(ConfigError, match="holds no text"):
         run(tmp_path / "model", text)
+
+
+@pytest.fixture(scope="module")
+def low_bit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized model."""
+    folder = tmp_path_factory.mktemp("low_bit")
+    save(folder / "original", num_hidden_layers=2)
+    options = QuantizeOptions(str(folder / "original"), str(folder / "out"), "rtn", bits=4, group_size=32)
+    quantize(options, lambda *_: None, lambda _: None)
+    return folder / "out"
+
+
+@compiled
+@pytest.mark.parametrize("activations", ROUNDED)
+def test_rounded_activations_are_compared_with_exact_ones(
+    activations: Any, low_bit: Path, text: Path
+) -> None:
+    """The exact mode of the compiled kernels scores as torch does; a model against itself costs nothing."""
+    plain = run(low_bit, text, max_len=8)
+    exact = run(low_bit, text, max_len=8, cpu_activations="fp32")
+    rounded = run(low_bit, text, max_len=8, cpu_activations=activations)
+    assert exact["nll_per_token"] == pytest.approx(plain["nll_per_token"], rel=1e-5)
+    assert (exact["kernel"], rounded["kernel"]) == ("cpu-fp32", f"cpu-{activations}")
+    assert "kl_per_token" not in exact
+    assert rounded["against_nll_per_token"] == pytest.approx(exact["nll_per_token"], rel=1e-6)
+    assert 0 < rounded["kl_per_token"] < 1e-3
+    assert rounded["nll_per_token"] != exact["nll_per_token"]
+    assert rounded["nll_per_token"] == pytest.approx(exact["nll_per_token"], rel=0.01)
+    other = run(low_bit, text, max_len=8, cpu_activations="fp32", against=str(low_bit))
+    assert other["against"] == str(low_bit)
+    assert other["kl_per_token"] == pytest.approx(0, abs=1e-7)
+    assert other["top1_agreement"] == 1
+
+
+@compiled
+def test_batches_of_windows_reuse_the_pages(
+    low_bit: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(low_bit, text, cpu_activations="int8")
+    monkeypatch.setattr("nybble.engine.evaluate.BATCH_TOKENS", 12)
+    assert run(low_bit, text, cpu_activations="int8") == whole
+
+
+@compiled
+@pytest.mark.parametrize("activations", ROUNDED)
+def test_the_demo_model_keeps_its_quality(activations: Any) -> None:
+    options = EvaluateOptions(str(DEMO), cpu_activations=activations, num_threads=1)
+    found = evaluate(options, lambda *_: None, lambda _: None)
+    assert found["num_tokens"] > 2000
+    assert found["nll_per_token"] < 1.005 * found["against_nll_per_token"]
+    assert found["top1_agreement"] >= 0.98
+
+
+def test_a_score_is_of_the_kernels_that_were_asked_for(low_bit: Path, text: Path) -> None:
+    with pytest.raises(ConfigError, match=r"int8: .*qkv_proj would be computed by torch \(--cpu-kern"):
+        run(low_bit, text, cpu_activations="int8", cpu_kernels="torch")
+    eager = run(low_bit, text, cpu_kernels="torch")
+    assert eager["kernel"] == "torch"
+    assert eager["nll_per_token"] == pytest.approx(run(low_bit, text)["nll_per_token"], rel=1e-5)

@@ -47,6 +47,11 @@ def test_the_three_commands(
     shown = capsys.readouterr().out
     assert "NLL per token" in shown
     assert "KL per token" in shown
+    served = ("--cpu-kernels", "torch", "--dtype", "auto")
+    assert call(monkeypatch, "eval", out, "--max-documents", "2", *served) == 0
+    shown = capsys.readouterr().out
+    assert "auto, dequant-fp16" in shown
+    assert "from itself in fp32" in shown
     assert call(monkeypatch, "check", out, "--kv-cache-memory", "1MiB") == 0
     assert "will load" in capsys.readouterr().out
     assert call(monkeypatch, "quantize", str(folder), out) == 2
@@ -75,6 +80,7 @@ def test_a_model_that_will_not_load_is_exit_code_2(
         (["quantize", "a", "b", "--surprise"], "No such option"),
         (["check", "a", "--kv-cache-memory", "much"], "--kv-cache-memory much: give bytes"),
         (["eval", "a", "--dtype", "int8"], "--dtype"),
+        (["eval", "a", "--cpu-activations", "fp8"], "--cpu-activations"),
     ],
 )
 def test_mistakes_start_no_child(

@@ -44,10 +44,7 @@ def _code_pairs(emit: Emitter, num_bits: int, address: ir.Value) -> list[ir.Valu
     builder = emit.builder
     if num_bits == 8:
         return [pair for quad in range(8) for pair in _converted(emit, emit.offset(address, 64 * quad))]
-    bits = 2 if num_bits == 3 else num_bits
-    per_byte = 8 // bits
-    vectors = [emit.load(_HALVES, emit.offset(address, 64 * j)) for j in range(8 // per_byte)]
-    high = emit.load(_HALVES, emit.offset(address, 128)) if num_bits == 3 else None
+    vectors = [emit.load(_HALVES, emit.offset(address, 64 * j)) for j in range(num_bits)]
     magic = emit.constant(I16, (127 + num_bits) << 7, 32)
     lowest = 7 - num_bits  # where a code begins in the 7 bits of the mantissa
 
@@ -57,15 +54,17 @@ def _code_pairs(emit: Emitter, num_bits: int, address: ir.Value) -> list[ir.Valu
         moved = builder.lshr(vector, distance) if start > place else builder.shl(vector, distance)
         return builder.and_(moved, emit.constant(I16, (2**width - 1) << place, 32))
 
-    pairs = []
-    for quad in range(8):
-        for odd in range(2):
-            low = field(vectors[quad // per_byte], 8 * odd + bits * (quad % per_byte), bits, lowest)
-            value = builder.or_(low, magic)
-            if high is not None:
-                value = builder.or_(value, field(high, 8 * odd + quad, 1, lowest + 2))
-            pairs.append(builder.bitcast(value, _PAIRS))
-    return pairs
+    def code(quad: int, odd: int) -> ir.Value:
+        """Where ``l16`` keeps it."""
+        index, place = divmod(quad, 3 if num_bits == 3 else 8 // num_bits)
+        if num_bits != 3 or place < 2:
+            return field(vectors[index], 8 * odd + num_bits * place, num_bits, lowest)
+        low = field(vectors[index], 8 * odd + 6, 2, lowest)
+        return builder.or_(low, field(vectors[2], 8 * odd + 6 + index, 1, lowest + 2))
+
+    return [
+        builder.bitcast(builder.or_(code(quad, odd), magic), _PAIRS) for quad in range(8) for odd in range(2)
+    ]
 
 
 def _converted(emit: Emitter, address: ir.Value) -> list[ir.Value]:

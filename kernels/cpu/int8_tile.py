@@ -57,20 +57,34 @@ class _Tile:
                 if whole or self.isa == VNNI:
                     yield [vector]
                 else:
-                    yield [emit.masked(vector, 15), emit.masked(emit.shifted_bytes(vector, 4), 15)]
+                    yield [self._field(vector, 0, 4), self._field(vector, 4, 4)]
             return
-        bits = 2 if self.num_bits == 3 else self.num_bits
-        per_byte = 8 // bits
-        plane = emit.load(self.byte_vector, emit.offset(address, 128)) if self.num_bits == 3 else None
-        vector = None
+        if self.num_bits == 3:
+            yield from self._codes_3(address)
+            return
+        per_byte = 8 // self.num_bits
         for quad in range(8):
             index, place = divmod(quad, per_byte)
             if place == 0:
                 vector = emit.load(self.byte_vector, emit.offset(address, 64 * index))
-            code = emit.masked(emit.shifted_bytes(vector, bits * place), (1 << bits) - 1)
-            if plane is not None:
-                code = self.builder.or_(code, emit.masked(emit.shifted_bytes(plane, quad - 2), 4))
-            yield [code]
+            yield [self._field(vector, self.num_bits * place, self.num_bits)]
+
+    def _codes_3(self, address: ir.Value) -> Iterator[list[ir.Value]]:
+        """3 bit: quads 2 and 5 are split over two vectors."""
+        vectors = [
+            self.emit.load(self.byte_vector, self.emit.offset(address, 64 * index)) for index in range(3)
+        ]
+        for quad in range(8):
+            index, place = divmod(quad, 3)
+            if place < 2:
+                yield [self._field(vectors[index], 3 * place, 3)]
+            else:
+                high = self.emit.masked(self.emit.shifted_bytes(vectors[2], 4 + index), 4)
+                yield [self.builder.or_(self._field(vectors[index], 6, 2), high)]
+
+    def _field(self, vector: ir.Value, start: int, width: int) -> ir.Value:
+        """Bits [start, start + width) of each byte."""
+        return self.emit.masked(self.emit.shifted_bytes(vector, start), (1 << width) - 1)
 
     def accumulate(self, sums: list[ir.Value], codes: list[ir.Value], x: ir.Value, quad: int) -> None:
         """Add codes * x; ``sums`` as ``total`` takes them."""
@@ -212,7 +226,7 @@ def _totals(kernel: _Tile, halves: int) -> list[list[ir.Value]]:
     wrong ones (four tokens: 120 GOP/s instead of 245).
     """
     builder, count = kernel.builder, kernel.tokens * halves
-    if kernel.isa == VNNI or kernel.tokens == 1:
+    if kernel.isa == VNNI:
         pointers = [cgutils.alloca_once(builder, kernel.float_vector) for _ in range(count)]
     else:
         memory = cgutils.alloca_once(builder, ir.ArrayType(kernel.float_vector, count))

@@ -8,7 +8,8 @@ bits  vectors of a group  what byte 4 * r + t of vector j holds
 8     8                   quad j
 4     4                   quads 2j (low nibble) and 2j + 1 (high nibble)
 2     2                   quads 4j .. 4j + 3, two bits each, lowest first
-3     2 + 1               low two bits as at 2 bit; then one vector with the high bit of quad q at bit q
+3     3                   quads 3j and 3j + 1 at bits 0 and 3; bits 6 and 7 of vectors 0 and 1 are the low two
+                          bits of quads 2 and 5, those of vector 2 their high bits
 
 scales, zeros: fp16, [N / 16, K / 32, 16]. N is padded to 16 and K to 32 with scale 0.
 """
@@ -34,12 +35,10 @@ def pack_codes(codes: NDArray[np.uint8], num_bits: int) -> NDArray[np.uint8]:
     blocked = codes.reshape(rows // ROWS, ROWS, cols // GROUP, 8, 4)
     quads = blocked.transpose(0, 2, 3, 1, 4)  # block, group, quad, row, t
     if num_bits == 3:
-        high = quads >> 2
-        plane = high[:, :, 0].copy()
-        for quad in range(1, 8):
-            plane |= high[:, :, quad] << quad
-        parts = [_interleaved(quads & np.uint8(3), 2), plane[:, :, None]]
-        packed = np.concatenate(parts, axis=2)
+        split, high = quads[:, :, (2, 5)], quads[:, :, 2] >> 2 << 6 | quads[:, :, 5] >> 2 << 7
+        packed = quads[:, :, (0, 3, 6)] | quads[:, :, (1, 4, 7)] << 3
+        packed[:, :, :2] |= (split & np.uint8(3)) << 6
+        packed[:, :, 2] |= high
     else:
         packed = _interleaved(quads, num_bits)
     return np.ascontiguousarray(packed).reshape(rows // ROWS, cols // GROUP, GROUP_BYTES[num_bits])

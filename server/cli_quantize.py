@@ -16,12 +16,12 @@ Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads. [de
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantize:
-    """Compress MODEL into the new folder OUT, a checkpoint of the GPTQ family."""
+    """Compress MODEL into the new folder OUT, a checkpoint that other engines read too."""
 
     model: Model
     out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write.")]
-    method: Annotated[str, typer.Option(help="rtn (nearest), gptq, awq, sparse24 (2:4).")] = "gptq"
-    base: Annotated[str, typer.Option(help="What requant and gwq build on: rtn, gptq, awq.")] = "gptq"
+    method: Annotated[str, typer.Option(help="rtn, gptq, awq, yaqa, requant, gwq, sparse24.")] = "gptq"
+    base: Annotated[str, typer.Option(help="What requant and gwq build on: rtn, gptq, awq, yaqa.")] = "gptq"
     transform: Annotated[
         Literal["none", "awq", "smoothquant"] | None,
         typer.Option(help="Move scales into the module before. [default: the method's own]"),
@@ -45,7 +45,8 @@ class Quantize:
         bool, typer.Option(help="Within a block, quantize on inputs that passed what was quantized.")
     ] = True
     checkpoint_format: Annotated[
-        Literal["gptq", "gptq_v2"] | None, typer.Option(help="[default: gptq for --sym, gptq_v2 for --asym]")
+        Literal["gptq", "gptq_v2", "awq", "compressed-tensors"] | None,
+        typer.Option(help="[default: gptq for --sym, gptq_v2 for --asym]"),
     ] = None
     dynamic: Annotated[
         str | None,
@@ -68,6 +69,18 @@ class Quantize:
     transposable: Annotated[
         bool, typer.Option("--transposable", help="sparse24: 2 of 4 along the outputs too.")
     ] = False
+    shrinkage: Annotated[float, typer.Option(help="yaqa: share of the identity in the curvature.")] = 0.1
+    outlier_percent: Annotated[
+        float | None, typer.Option(help="Weights that stay exact. [default: requant 0.25, gwq 1]")
+    ] = None
+    significant_percent: Annotated[
+        float, typer.Option(help="requant: weights put back for what they cost.")
+    ] = 0.25
+    detach_steps: Annotated[int, typer.Option(metavar="N", help="requant: in so many steps.")] = 2
+    pqi_intervals: Annotated[int, typer.Option(metavar="N", help="requant: of the path integral.")] = 32
+    gradient_samples: Annotated[
+        int, typer.Option(metavar="N", help="Sequences that requant and gwq differentiate.")
+    ] = 100
     seed: Annotated[int, typer.Option(metavar="N", help="Order of the calibration documents.")] = 0
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False
     resume: Annotated[

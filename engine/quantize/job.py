@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ... import __version__
@@ -17,19 +18,18 @@ from ...kernels.layout import PackedWeight, QuantSpec
 from ..documents import read_text
 from ..errors import ConfigError
 from ..formats.base import Format
-from ..formats.gptq import GPTQFormat
 from ..formats.overlay import FILE, is_extra
 from ..hardware import available_memory
 from ..model_files import resolve_model
 from ..tokenizer import Tokenizer
 from .calibrate import Calibration, load_calibration
 from .methods import get_method
-from .options import DENSE_BITS, QuantizeOptions
+from .options import QuantizeOptions
 from .pipeline import Method
 from .results import QuantizedModule, Stage
 from .scratch import Scratch
 from .source import TARGET, Source
-from .storage import storage_for
+from .storage import refused_shape, storage_for
 from .work import Log, Progress, Work
 from .writer import CheckpointWriter
 
@@ -99,19 +99,16 @@ def quantize(options: QuantizeOptions, progress: Progress, log: Log) -> dict[str
 def choose_modules(source: Source, options: QuantizeOptions) -> tuple[dict[str, QuantSpec], dict[str, str]]:
     """Modules to quantize, and those that stay dense with the reason: the shape, which the format cannot
     express, or ``options.dynamic``."""
-    storage = GPTQFormat(options.spec, options.storage)
     specs: dict[str, QuantSpec] = {}
     dense: dict[str, str] = {}
     for _, part in source.parts():
         spec = _override(part.name, options)
-        reason = "left out by --dynamic" if spec is None else None
-        if spec is not None and options.bits != DENSE_BITS:
-            reason = storage.expressible(part.out_features, part.in_features, spec)
-        if spec is not None and reason is None:
-            specs[part.name] = spec
-        else:
-            assert reason is not None
+        if spec is None:
+            dense[part.name] = "left out by --dynamic"
+        elif reason := refused_shape(part.out_features, part.in_features, spec, options):
             dense[part.name] = reason
+        else:
+            specs[part.name] = spec
     if not specs:
         name, reason = next(iter(dense.items()))
         raise ConfigError(f"MODEL {source.model.folder}: no module can be quantized ({name}: {reason})")
@@ -176,7 +173,10 @@ def _write(
     written: set[str] = set()
     for block in stage:
         for module in block.modules:
-            tensors = {} if module.weight is None else _stored(storage, module.name, module.weight)
+            tensors = {}
+            if module.weight is not None:
+                dtype = files.get(f"{module.name}.weight").dtype
+                tensors = _stored(storage, module.name, module.weight, dtype)
             for name, tensor in tensors.items():
                 writer.add(name, tensor, FILE if is_extra(name) else None)
             if tensors:
@@ -192,7 +192,10 @@ def _write(
     return tally
 
 
-def _stored(storage: Format, name: str, weight: PackedWeight) -> dict[str, Tensor]:
+def _stored(storage: Format, name: str, weight: PackedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+    """dtype: of the original, which weights that are only pruned keep."""
+    if weight.spec is None:
+        weight = PackedWeight(weight.values.to(dtype))
     try:
         return storage.write(name, weight)
     except ValueError as error:

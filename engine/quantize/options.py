@@ -3,13 +3,14 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ...kernels.layout import QuantSpec
 from ..errors import ConfigError
 
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # those that GPTQModel reads
 BITS = (2, 3, 4, 8)
+CheckpointFormat = Literal["gptq", "gptq_v2", "awq", "compressed-tensors"]
 DENSE_BITS = 16  # sparse24 only: nothing is rounded, half of the weights are zero
 
 # Options that mean something to some methods only, and to which (as --method or --base). A value other than
@@ -22,6 +23,12 @@ USERS: dict[str, tuple[str, ...]] = {
     "prune": ("sparse24",),
     "joint": ("sparse24",),
     "transposable": ("sparse24",),
+    "shrinkage": ("yaqa",),
+    "outlier_percent": ("requant", "gwq"),
+    "significant_percent": ("requant",),
+    "detach_steps": ("requant",),
+    "pqi_intervals": ("requant",),
+    "gradient_samples": ("requant", "gwq"),
 }
 
 
@@ -30,9 +37,12 @@ class QuantizeOptions:
     """model: folder or hub id. out: the new folder. Everything else has the CLI option's name.
 
     base: the method that requant and gwq build on. transform: None: the method's own (awq for awq).
-    checkpoint_format None: "gptq" (v1) for symmetric, "gptq_v2" for asymmetric weights.
+    checkpoint_format None: "gptq" (v1) for symmetric, "gptq_v2" for asymmetric weights; "compressed-tensors"
+    (sparse-24-bitmask) where weights are only pruned.
     calibration None: the text in this package. damping: share of the mean of H's diagonal.
     mse: exponent of the range search, 0: off. group_size -1: one group over each row.
+    outlier_percent None: 0.25 for requant, 1 for gwq. gradient_samples: calibration sequences that are
+    differentiated for them; pqi_intervals: of the path from the original to the quantized weights.
     dynamic: pattern of module names -> bits, group_size, symmetric that differ; the first that matches at a
     name's start decides, and one that begins with "-:" leaves the module dense. resume: keep finished blocks
     when interrupted, and go on from those of the same options.
@@ -50,7 +60,7 @@ class QuantizeOptions:
     actorder: Literal["none", "group", "gar"] = "none"
     static_groups: bool = False
     true_sequential: bool = True
-    checkpoint_format: Literal["gptq", "gptq_v2"] | None = None
+    checkpoint_format: CheckpointFormat | None = None
     dynamic: Mapping[str, Mapping[str, Any]] | None = None
     calibration: str | None = None
     num_samples: int = 128
@@ -62,6 +72,12 @@ class QuantizeOptions:
     prune: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
     joint: bool = True
     transposable: bool = False
+    shrinkage: float = 0.1
+    outlier_percent: float | None = None
+    significant_percent: float = 0.25
+    detach_steps: int = 2
+    pqi_intervals: int = 32
+    gradient_samples: int = 100
     seed: int = 0
     overwrite: bool = False
     resume: bool = False
@@ -75,6 +91,11 @@ class QuantizeOptions:
 
     def _check_spec(self) -> None:
         if self.bits == DENSE_BITS and self.method == "sparse24":
+            if self.storage != "compressed-tensors":
+                raise ConfigError(
+                    f"--checkpoint-format {self.storage}: holds no 2:4 floats (--bits 16); use "
+                    "compressed-tensors"
+                )
             return
         if self.bits not in BITS:
             raise ConfigError(f"--bits {self.bits}: use {_or(BITS)} (16, nothing rounded, is for sparse24)")
@@ -88,7 +109,7 @@ class QuantizeOptions:
         for option, value, choices in (
             ("--actorder", self.actorder, ("none", "group", "gar")),
             ("--transform", self.transform, (None, "none", "awq", "smoothquant")),
-            ("--checkpoint-format", self.checkpoint_format, (None, "gptq", "gptq_v2")),
+            ("--checkpoint-format", self.checkpoint_format, (None, *get_args(CheckpointFormat))),
             ("--prune", self.prune, ("magnitude", "wanda", "sparsegpt")),
         ):
             if value not in choices:
@@ -99,12 +120,23 @@ class QuantizeOptions:
             ("--num-samples", self.num_samples, 1),
             ("--seq-len", self.seq_len, 2),
             ("--awq-steps", self.awq_steps, 1),
+            ("--detach-steps", self.detach_steps, 1),
+            ("--pqi-intervals", self.pqi_intervals, 1),
+            ("--gradient-samples", self.gradient_samples, 1),
             ("--num-threads", self.num_threads, 1),
         ):
             if value is not None and value < least:
                 raise ConfigError(f"{option} {value}: must be at least {least}")
         if not 0 < self.damping <= 1:  # NaN fails too
             raise ConfigError(f"--damping {self.damping}: must be above 0 and at most 1")
+        if not 0 < self.shrinkage <= 1:
+            raise ConfigError(f"--shrinkage {self.shrinkage}: must be above 0 and at most 1")
+        for option, percent in (
+            ("--outlier-percent", self.outlier_percent),
+            ("--significant-percent", self.significant_percent),
+        ):
+            if percent is not None and not 0 <= percent <= 10:
+                raise ConfigError(f"{option} {percent}: must be from 0 to 10")
         if not 0 <= self.smooth_alpha <= 1:
             raise ConfigError(f"--smooth-alpha {self.smooth_alpha}: must be from 0 to 1")
         if not (self.mse == 0 or 1 <= self.mse <= 10):
@@ -129,9 +161,13 @@ class QuantizeOptions:
         return QuantSpec(self.bits, self.group_size, self.symmetric, "group" if free else "none")
 
     @property
-    def storage(self) -> Literal["gptq", "gptq_v2"]:
+    def storage(self) -> CheckpointFormat:
         """The checkpoint format to write."""
-        return self.checkpoint_format or ("gptq" if self.symmetric else "gptq_v2")
+        if self.checkpoint_format is not None:
+            return self.checkpoint_format
+        if self.bits == DENSE_BITS:
+            return "compressed-tensors"
+        return "gptq" if self.symmetric else "gptq_v2"
 
     def refuse_actorder(self, why: str) -> None:
         """ConfigError where an order of inputs was asked for that the method has no use for."""

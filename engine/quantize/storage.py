@@ -2,42 +2,90 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ...kernels.layout import QuantSpec
+from ..errors import ConfigError
+from ..formats.awq import AWQFormat
 from ..formats.base import Format
-from ..formats.dense import DenseFormat
+from ..formats.compressed_tensors import CompressedTensorsFormat, Group
 from ..formats.gptq import GPTQFormat
 from ..formats.overlay import OverlayFormat
 from .options import DENSE_BITS, QuantizeOptions
 from .results import Stage
 
+_CLASS = "Linear"  # compressed-tensors' name for every linear; the output head is one, and stays as it is
+
+
+def refused_shape(out: int, in_: int, spec: QuantSpec, options: QuantizeOptions) -> str | None:
+    """Why a module [out, in_] cannot be stored as asked, or None."""
+    if options.bits == DENSE_BITS:
+        return f"{in_} inputs are not whole fours" if in_ % 4 else None
+    return _plain(options).expressible(out, in_, spec)
+
 
 def storage_for(
     options: QuantizeOptions, stage: Stage, dense: Mapping[str, str], meta: Mapping[str, Any]
 ) -> Format:
-    """The format for what is in ``stage``. dense: modules that were not tried. meta: provenance."""
-    if options.bits == DENSE_BITS:
-        return DenseFormat()
-    specs, residuals = stage.specs(), stage.residuals()
-    dynamic: dict[str, dict[str, Any]] = {f"-:{re.escape(name)}$": {} for name in dense}
-    for name, spec in specs.items():
-        if spec is None:
-            dynamic[f"-:{re.escape(name)}$"] = {}
-        elif spec != options.spec:
-            dynamic[f"+:{re.escape(name)}$"] = _differences(spec, options.spec)
-    base = GPTQFormat(options.spec, options.storage, dynamic=dynamic, meta=meta)
+    """The format for what is in ``stage``. dense: modules that were not tried. meta: provenance.
+
+    ConfigError where modules differ in what the format says once for all.
+    """
+    specs = stage.specs()
+    others = [*dense, *(name for name, spec in specs.items() if spec is None and options.bits != DENSE_BITS)]
+    base = _plain(options)
+    differing = {name: spec for name, spec in specs.items() if spec is not None and spec != options.spec}
+    if isinstance(base, GPTQFormat):
+        base = _gptq(base, others, differing, meta)
+    elif isinstance(base, CompressedTensorsFormat):
+        base = _compressed_tensors(options, others, differing, meta)
+    else:
+        for name, spec in differing.items():
+            raise ConfigError(f"--checkpoint-format awq: {name} is {spec}, but all must be alike; use gptq")
+        base = AWQFormat(base.base, tuple(others), meta=meta)
+    residuals = stage.residuals()
     return OverlayFormat(base, residuals, {"method": options.method}) if residuals else base
 
 
-def _differences(spec: QuantSpec, base: QuantSpec) -> dict[str, Any]:
-    """GPTQModel's names of what ``spec`` has otherwise."""
-    found: dict[str, Any] = {}
-    if spec.num_bits != base.num_bits:
-        found["bits"] = spec.num_bits
-    if spec.group_size != base.group_size:
-        found["group_size"] = spec.group_size
-    if spec.symmetric != base.symmetric:
-        found["sym"] = spec.symmetric
-    assert spec.actorder == base.actorder
-    return found
+def _plain(options: QuantizeOptions) -> GPTQFormat | AWQFormat | CompressedTensorsFormat:
+    if options.storage == "gptq" or options.storage == "gptq_v2":
+        return GPTQFormat(options.spec, options.storage)
+    if options.storage == "awq":
+        return AWQFormat(QuantSpec(options.bits, options.group_size, symmetric=False))
+    return CompressedTensorsFormat((Group((_CLASS,), options.spec),))
+
+
+def _gptq(
+    base: GPTQFormat,
+    others: list[str],
+    differing: Mapping[str, QuantSpec],
+    meta: Mapping[str, Any],
+) -> GPTQFormat:
+    dynamic: dict[str, dict[str, Any]] = {f"-:{re.escape(name)}$": {} for name in others}
+    names = {"num_bits": "bits", "group_size": "group_size", "symmetric": "sym"}
+    for module, spec in differing.items():
+        assert spec.actorder == base.base.actorder
+        dynamic[f"+:{re.escape(module)}$"] = {
+            key: getattr(spec, field)
+            for field, key in names.items()
+            if getattr(spec, field) != getattr(base.base, field)
+        }
+    return replace(base, dynamic=dynamic, meta=meta)
+
+
+def _compressed_tensors(
+    options: QuantizeOptions,
+    others: list[str],
+    differing: Mapping[str, QuantSpec],
+    meta: Mapping[str, Any],
+) -> CompressedTensorsFormat:
+    ignore = ("lm_head", *others)
+    if options.bits == DENSE_BITS:
+        return CompressedTensorsFormat(ignore=ignore, bitmask=(_CLASS,), sparsity="2:4")
+    by_spec: dict[QuantSpec, list[str]] = {}
+    for name, spec in differing.items():
+        by_spec.setdefault(spec, []).append(name)
+    groups = [Group((_CLASS,), options.spec), *(Group(tuple(n), spec) for spec, n in by_spec.items())]
+    sparsity = meta.get("sparsity")
+    return CompressedTensorsFormat(tuple(groups), ignore, sparsity=sparsity)

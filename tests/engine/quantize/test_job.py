@@ -243,7 +243,7 @@ def test_half_precision_originals(make_model: Any, tmp_path: Path) -> None:
         ({"seq_len": 1}, "--seq-len 1"),
         ({"calibration": "no/such/file"}, "--calibration no/such/file: cannot be read"),
         ({"method": "rtn", "calibration": "no/such/file"}, "--calibration no/such/file: cannot be read"),
-        ({"checkpoint_format": "awq"}, "--checkpoint-format awq: use gptq or gptq_v2"),
+        ({"checkpoint_format": "bnb"}, "--checkpoint-format bnb: use gptq, gptq_v2, awq or compressed-tensors"),
         ({"model": "no/such/model"}, "model 'no/such/model'"),
     ],
 )

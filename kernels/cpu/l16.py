@@ -34,13 +34,7 @@ def pack_codes(codes: NDArray[np.uint8], num_bits: int) -> NDArray[np.uint8]:
     assert cols % GROUP == 0
     blocked = codes.reshape(rows // ROWS, ROWS, cols // GROUP, 8, 4)
     quads = blocked.transpose(0, 2, 3, 1, 4)  # block, group, quad, row, t
-    if num_bits == 3:
-        split, high = quads[:, :, (2, 5)], quads[:, :, 2] >> 2 << 6 | quads[:, :, 5] >> 2 << 7
-        packed = quads[:, :, (0, 3, 6)] | quads[:, :, (1, 4, 7)] << 3
-        packed[:, :, :2] |= (split & np.uint8(3)) << 6
-        packed[:, :, 2] |= high
-    else:
-        packed = _interleaved(quads, num_bits)
+    packed = _threes(quads) if num_bits == 3 else _interleaved(quads, num_bits)
     return np.ascontiguousarray(packed).reshape(rows // ROWS, cols // GROUP, GROUP_BYTES[num_bits])
 
 
@@ -50,6 +44,15 @@ def _interleaved(quads: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     packed = quads[:, :, 0::per_byte].copy()
     for position in range(1, per_byte):
         packed |= quads[:, :, position::per_byte] << (bits * position)
+    return packed
+
+
+def _threes(quads: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[block, group, 8, row, t] of 3-bit codes to [block, group, 3, row, t]."""
+    packed = quads[:, :, 0::3].copy()
+    packed |= quads[:, :, 1::3] << 3
+    packed[:, :, :2] |= quads[:, :, 2::3] << 6  # a byte keeps the low two bits
+    packed[:, :, 2] |= quads[:, :, 2] >> 2 << 6 | quads[:, :, 5] >> 2 << 7
     return packed
 
 

@@ -16,6 +16,7 @@ from numba import njit
 
 from .abi import word
 from .exponentials import exp_f32, row_max, scale_row, softmax_weights
+from .int8_tile import VNNI
 from .vectors import ELEMENT_BYTES, load_f32, load_i32, scores, store_f32, weighted_sum
 
 CHUNK = 128
@@ -52,89 +53,109 @@ def _softmax_chunk(row, low, count, head_dim, accumulator, state, scale):
     store_f32(state + 4, load_f32(state + 4) + added)
 
 
-def _key_scores(kind: int, group: int, head_dim: int) -> Any:
-    """Scores of a token's heads against a page; groups of four heads share the loads of the keys."""
-    fours, rest = group // 4, group % 4
+def _key_scores(kind: int, head_dim: int) -> Any:
+    """Scores of queries against a page: strides of q and out in floats. Four queries share a load of keys."""
 
     @njit(nogil=True, error_model="numpy")
-    def key_scores(q, page, out):
-        h = 0
-        while h < 4 * fours:
-            scores(4, kind, q + h * head_dim * 4, head_dim, page, head_dim, out + h * CHUNK * 4, CHUNK)
-            h += 4
-        if rest >= 2:
-            scores(2, kind, q + h * head_dim * 4, head_dim, page, head_dim, out + h * CHUNK * 4, CHUNK)
-            h += 2
-        if rest % 2 == 1:
-            scores(1, kind, q + h * head_dim * 4, head_dim, page, head_dim, out + h * CHUNK * 4, CHUNK)
+    def key_scores(count, q, ldq, page, out, ldo):
+        i = 0
+        while i + 4 <= count:
+            scores(4, kind, q + i * ldq * 4, ldq, page, head_dim, out + i * ldo * 4, ldo)
+            i += 4
+        if i + 2 <= count:
+            scores(2, kind, q + i * ldq * 4, ldq, page, head_dim, out + i * ldo * 4, ldo)
+            i += 2
+        if i < count:
+            scores(1, kind, q + i * ldq * 4, ldq, page, head_dim, out + i * ldo * 4, ldo)
 
     return key_scores
 
 
-def _value_sums(kind: int, group: int, head_dim: int) -> Any:
-    """Add a page's values, weighted, to the accumulators of a token's heads."""
-    fours, rest = group // 4, group % 4
-    width = 64 if head_dim % 64 == 0 else 16
+def _value_sums(isa: int, kind: int, head_dim: int) -> Any:
+    """Add a page's values, weighted, to accumulators: strides of p and out in floats."""
+    wide = 64 if isa == VNNI and head_dim % 64 == 0 else 16  # four rows of 64 fill the registers of AVX-512
     size = ELEMENT_BYTES[kind]
 
     @njit(nogil=True, error_model="numpy")
-    def value_sums(p, values, count, out):
-        for c in range(0, head_dim, width):
+    def value_sums(rows, p, ldp, values, count, out, ldo):
+        for c in range(0, head_dim, wide):
             v = values + c * size
             to = out + c * 4
-            h = 0
-            while h < 4 * fours:
-                at = to + h * head_dim * 4
-                weighted_sum(4, width, kind, p + h * CHUNK * 4, CHUNK, v, head_dim, count, at, head_dim)
-                h += 4
-            if rest >= 2:
-                at = to + h * head_dim * 4
-                weighted_sum(2, width, kind, p + h * CHUNK * 4, CHUNK, v, head_dim, count, at, head_dim)
-                h += 2
-            if rest % 2 == 1:
-                at = to + h * head_dim * 4
-                weighted_sum(1, width, kind, p + h * CHUNK * 4, CHUNK, v, head_dim, count, at, head_dim)
+            i = 0
+            while i + 4 <= rows:
+                weighted_sum(4, wide, kind, p + i * ldp * 4, ldp, v, head_dim, count, to + i * ldo * 4, ldo)
+                i += 4
+            if i + 2 <= rows:
+                weighted_sum(2, wide, kind, p + i * ldp * 4, ldp, v, head_dim, count, to + i * ldo * 4, ldo)
+                i += 2
+            if i < rows:
+                weighted_sum(1, wide, kind, p + i * ldp * 4, ldp, v, head_dim, count, to + i * ldo * 4, ldo)
 
     return value_sums
 
 
-def _span_chunk(kind: int, group: int, head_dim: int, block_size: int) -> Any:
-    """One span against tokens [begin, stop) of its sequence, for one KV head."""
+def _span_chunk(isa: int, kind: int, group: int, head_dim: int, block_size: int) -> Any:
+    """One span against tokens [begin, stop) of its sequence, for one KV head.
+
+    Scores of a row past its own token are computed with the others' and dropped. Values are not: what a row
+    does not attend to must not reach it even with weight 0, it may be infinite. So a page that all rows
+    attend to whole serves them together, and the others each row by itself, its heads together.
+    """
     size = ELEMENT_BYTES[kind]
     scale = np.float32(head_dim**-0.5)
     pages = block_size // 16
     page_key_bytes = head_dim * 16 * size
-    key_scores = _key_scores(kind, group, head_dim)
-    value_sums = _value_sums(kind, group, head_dim)
+    key_scores = _key_scores(kind, head_dim)
+    value_sums = _value_sums(isa, kind, head_dim)
+    ldp = group * CHUNK  # from a row to the next, of weights and of accumulators
+    lda = group * head_dim
 
     @njit(nogil=True, error_model="numpy")
     def span_chunk(q, ldq, keys, values, rows, position, table, kv_heads, head, window, scratch, begin, stop):
         probs = scratch
         accumulators = probs + SPAN_ROWS * group * CHUNK * 4
         states = accumulators + SPAN_ROWS * group * head_dim * 4
+        first = begin
+        if window > 0:
+            first = max(begin, position - window + 1) // 16 * 16
+        for t in range(first, stop, 16):
+            block = load_i32(table + 4 * (t // block_size))
+            page = keys + ((block * kv_heads + head) * pages + t % block_size // 16) * page_key_bytes
+            to = probs + (t - begin) * 4
+            if rows == 1:
+                key_scores(group, q, head_dim, page, to, CHUNK)
+            else:
+                for h in range(group):
+                    key_scores(rows, q + h * head_dim * 4, ldq, page, to + h * CHUNK * 4, ldp)
         for r in range(rows):
             end = min(stop, position + r + 1)
             low = begin
             if window > 0:
                 low = max(begin, position + r - window + 1)
-            if low >= end:
-                continue
-            row = probs + r * group * CHUNK * 4
-            accumulator = accumulators + r * group * head_dim * 4
-            for t in range(low // 16 * 16, end, 16):
-                block = load_i32(table + 4 * (t // block_size))
-                page = keys + ((block * kv_heads + head) * pages + t % block_size // 16) * page_key_bytes
-                key_scores(q + r * ldq * 4, page, row + (t - begin) * 4)
-            for h in range(group):
-                at = accumulator + h * head_dim * 4
-                state = states + 8 * (r * group + h)
-                _softmax_chunk(row + h * CHUNK * 4, low - begin, end - begin, head_dim, at, state, scale)
-            for t in range(low // 16 * 16, end, 16):
-                block = load_i32(table + 4 * (t // block_size))
-                slot = (block * kv_heads + head) * block_size + t % block_size
-                value_sums(
-                    row + (t - begin) * 4, values + slot * head_dim * size, min(16, end - t), accumulator
-                )
+            if low < end:
+                for h in range(group):
+                    row, i = probs + (r * ldp + h * CHUNK) * 4, r * group + h
+                    at = accumulators + i * head_dim * 4
+                    _softmax_chunk(row, low - begin, end - begin, head_dim, at, states + 8 * i, scale)
+        for t in range(first, stop, 16):
+            block = load_i32(table + 4 * (t // block_size))
+            slot = (block * kv_heads + head) * block_size + t % block_size
+            v = values + slot * head_dim * size
+            p = probs + (t - begin) * 4
+            inside = window <= 0 or t >= position + rows - window
+            if rows > 1 and inside and t + 16 <= min(stop, position + 1):
+                for h in range(group):
+                    at = accumulators + h * head_dim * 4
+                    value_sums(rows, p + h * CHUNK * 4, ldp, v, 16, at, lda)
+            else:
+                for r in range(rows):
+                    end = min(stop, position + r + 1)
+                    low = begin
+                    if window > 0:
+                        low = max(begin, position + r - window + 1)
+                    if low < t + 16 and t < end:
+                        at = accumulators + r * lda * 4
+                        value_sums(group, p + r * ldp * 4, CHUNK, v, min(16, end - t), at, head_dim)
 
     return span_chunk
 
@@ -154,13 +175,13 @@ def _finish(group: int, head_dim: int) -> Any:
     return finish
 
 
-def attention_kernel(kind: int, group: int, head_dim: int, block_size: int) -> Any:
+def attention_kernel(isa: int, kind: int, group: int, head_dim: int, block_size: int) -> Any:
     """The kernel for pages of a storage kind, ``group`` query heads per KV head.
 
     args: q, ldq (floats), out, ldo, keys, values, spans, address of the number of spans, kv_heads,
     window (0: none), scratch, scratch bytes per thread. Spans and KV heads are the unit of threads.
     """
-    span_chunk = _span_chunk(kind, group, head_dim, block_size)
+    span_chunk = _span_chunk(isa, kind, group, head_dim, block_size)
     finish = _finish(group, head_dim)
 
     def attention(args, thread, num_threads):

@@ -132,7 +132,8 @@ class Recorder:
         self._call(kernel, (k, _ld(k), v, _ld(v), *pages, group_inputs.slots, tokens, kv_heads), BY_ROWS)
         out = self.buffer(heads * dim)
         group = heads // kv_heads
-        kernel = self.kernels.get(paged_attention.attention_kernel, kind, group, dim, cache.block_size)
+        traits = (self.kernels.isa, kind, group, dim, cache.block_size)
+        kernel = self.kernels.get(paged_attention.attention_kernel, *traits)
         scratch = self._scratch(4 * paged_attention.scratch_floats(group, dim))
         spans = (group_inputs.spans, group_inputs.num_spans, kv_heads, cache.window or 0)
         self._call(kernel, (q, _ld(q), out, _ld(out), *pages, *spans, *scratch), BY_HEADS)

@@ -12,8 +12,8 @@ from typing import Any, Self
 from common import children, cpu_seconds
 
 PEERS = Path(__file__).resolve().parent / "peers"
-# Variables by which a shell would change an engine's threads behind the benchmark's back.
-_CLEARED = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "NUMBA_NUM_THREADS", "GGML_", "PYTHONPATH")
+# Variables by which a shell would change an engine's threads or imports behind the benchmark's back.
+_CLEARED = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "NUMBA_NUM_THREADS", "GGML_", "PYTHON")
 
 
 class Worker:

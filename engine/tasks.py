@@ -2,15 +2,19 @@
 
 Reads one JSON object, the options, from stdin and writes JSON lines to stdout: ``{"event": "progress",
 "phase", "done", "total", "layer"?, "loss"?}``, ``{"event": "log", "line"}``, and last ``{"event": "result",
-...}`` or ``{"event": "error", "message", "user_error", "layer"?}``. Exit codes: 0, 2 for a user's error, 1
-for any other, 130 when interrupted. SIGINT, SIGTERM and a reader that went away end the task, which leaves
-nothing half done.
+...}`` or ``{"event": "error", "code", "message", "user_error", "layer"?}``. Exit codes: 0, 2 for a user's
+error, 1 for any other, 130 when interrupted. SIGINT, SIGTERM, a reader that went away and the end of the
+parent end the task, which leaves nothing half done.
 """
 
+import argparse
+import errno
 import json
 import os
+import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -29,6 +33,7 @@ from .quantize.job import quantize
 from .quantize.options import QuantizeOptions
 
 EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
+PARENT_SECONDS = 0.5  # between two looks at whether the parent still lives
 PROGRESS_SECONDS = 0.05  # between two reports of one phase; the last is always sent
 
 Options = dict[str, Any]
@@ -134,7 +139,8 @@ def run(name: str, source: TextIO, reporter: Reporter) -> int:
     except NybbleError as error:
         user_error = isinstance(error, ConfigError)
         layer = {"layer": error.layer} if isinstance(error, LayerError) else {}
-        reporter.emit("error", message=error.message, user_error=user_error, **layer)
+        code = "invalid" if user_error else "failed"
+        reporter.emit("error", code=code, message=error.message, user_error=user_error, **layer)
         return EXIT_USER if user_error else EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -142,9 +148,40 @@ def run(name: str, source: TextIO, reporter: Reporter) -> int:
         if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
             return EXIT_INTERRUPTED  # a library made another error of the interrupt
         traceback.print_exc()
-        reporter.emit("error", message=f"{type(error).__name__}: {error}", user_error=False)
+        code, message = _described(error)
+        reporter.emit("error", code=code, message=message, user_error=False)
         return EXIT_FAILED
     return 0
+
+
+def _described(error: Exception) -> tuple[str, str]:
+    """A code and words for what no user can be blamed for."""
+    text = f"{type(error).__name__}: {error}"
+    # torch's allocator raises a RuntimeError.
+    if isinstance(error, MemoryError) or "not enough memory" in text:
+        return (
+            "out_of_memory",
+            f"out of memory ({text[:200]}); lower --num-samples or --seq-len, or give more",
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "disk_full", f"no space left ({text[:200]}); free some and start again"
+    return "failed", text
+
+
+def _take_limits(given: argparse.Namespace) -> None:
+    """Of this process: niceness, memory, and the end of its parent."""
+    os.nice(given.nice)
+    if given.memory_limit is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (given.memory_limit, given.memory_limit))
+    if given.parent is not None:
+        threading.Thread(target=_end_with, args=(given.parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Interrupt this process once its parent is gone, which a pipe tells only at the next word."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main() -> None:
@@ -154,9 +191,16 @@ def main() -> None:
     # Libraries that print must not break the protocol: their stdout is our stderr.
     stream = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m nybble.engine.tasks NAME < options.json")
-    sys.exit(run(sys.argv[1], sys.stdin, Reporter(stream)))
+    parser = argparse.ArgumentParser(
+        prog="python -m nybble.engine.tasks", description="options: JSON on stdin"
+    )
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("--nice", type=int, default=0)
+    parser.add_argument("--memory-limit", type=int, metavar="BYTES")
+    parser.add_argument("--parent", type=int, metavar="PID", help="end when this process does")
+    given = parser.parse_args()
+    _take_limits(given)
+    sys.exit(run(given.name, sys.stdin, Reporter(stream)))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
 from ..engine.errors import EngineError, NotFoundError, NybbleError
+from .admin import Admin
 from .auth import ApiKeys
 from .chat import ChatWriter, chat_job
 from .completions import CompletionWriter, completion_job
@@ -30,15 +31,18 @@ Handler = Callable[[Request], Awaitable[Response]]
 Prepare = Callable[[Gateway, dict[str, Any]], Awaitable[tuple[Job, Writer, bool]]]
 
 
-def build_app(gateway: Gateway) -> ASGIApp:
+def build_app(gateway: Gateway, admin: Admin) -> ASGIApp:
     """The whole server as an ASGI application."""
     app = FastAPI(title="Nybble", version=__version__, redoc_url=None)
     _add_errors(app)
     _add_generation(app, gateway)
     _add_text(app, gateway)
+    admin.add_routes(app)
     _add_models(app, gateway)
     _add_state(app, gateway)
     keys = [key.get_secret_value() for key in gateway.settings.api_key]
+    if keys and gateway.settings.admin_key is not None:
+        keys.append(gateway.settings.admin_key.get_secret_value())
     return CountResponses(ApiKeys(app, keys), gateway.metrics)
 
 

@@ -14,18 +14,21 @@ from .settings import Settings
 
 logger = logging.getLogger("nybble")
 _POLL_SECONDS = 0.05
+_GRACE_SECONDS = 1.0  # for requests that have found the model but are still being tokenized
 
 
 class Fleet:
     """Engines and the names they answer to. All methods belong to one event loop.
 
     gave_up: set when an engine that is served is not started again; ``failure`` says why.
+    folders: of every name that was ever served.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.models = ModelTable()
         self.gave_up = asyncio.Event()
         self.failure: ConfigError | EngineDeadError | None = None
+        self.folders: dict[str, Path] = {}
         self._settings = settings
         self._metrics = metrics
         self._numbers = itertools.count(1)
@@ -33,10 +36,10 @@ class Fleet:
         self._watchers: dict[EngineClient, asyncio.Task[None]] = {}
         self._retiring: set[asyncio.Task[None]] = set()
 
-    async def start(self, settings: Settings, folder: Path, name: str) -> ServedModel:
-        """Start an engine for the model in ``folder`` and return at once; nothing is served yet.
+    def prepare(self, settings: Settings, folder: Path, name: str) -> ServedModel:
+        """The model in ``folder`` with an engine that is not started: ``model.client.start()``.
 
-        Errors: ConfigError where the gateway itself cannot use the model's files; then no engine runs.
+        Errors: ConfigError where the gateway itself cannot use the model's files.
         """
         metrics, number = self._metrics.of(name), next(self._numbers)
         client = EngineClient(
@@ -45,33 +48,46 @@ class Fleet:
             on_stats=lambda stats: metrics.step(stats, number),
             on_log=logger.info,
         )
+        model = load_model(settings, folder, name, client, self._metrics)
         self._clients.append(client)
-        await client.start()  # it loads while the gateway gets itself ready
-        try:
-            return load_model(settings, folder, name, client, self._metrics)
-        except BaseException:
-            await self.stop_engine(client)
-            raise
+        return model
 
     def serve(self, model: ServedModel) -> ServedModel | None:
         """New requests for the model's name go to it. Returns what had the name until now."""
-        client = model.client
-        if client not in self._watchers:
-            self._watchers[client] = asyncio.create_task(self._watch(client))
+        self.folders[model.name] = model.folder
         return self.models.put(model)
 
+    def watch(self, model: ServedModel) -> None:
+        """From now on the end of this engine is the server's."""
+        self._watchers[model.client] = asyncio.create_task(self._watch(model.client))
+
     def retire(self, model: ServedModel) -> None:
-        """End the engine of a model that has no name any more, once its requests are done."""
-        task = asyncio.create_task(self._drain(model))
+        """``drain`` in the background."""
+        task = asyncio.create_task(self.drain(model))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
+
+    async def drain(self, model: ServedModel) -> None:
+        """End the engine of a model that has no name any more, once its requests are done."""
+        deadline = time.monotonic() + self._settings.drain_timeout
+        await asyncio.sleep(_GRACE_SECONDS)
+        while model.client.outstanding and time.monotonic() < deadline:
+            await asyncio.sleep(_POLL_SECONDS)
+        if model.client.outstanding:
+            logger.warning(
+                "%d requests of the former '%s' outlast --drain-timeout: they end with an error",
+                model.client.outstanding,
+                model.name,
+            )
+        await self.stop_engine(model.client)
 
     async def stop_engine(self, client: EngineClient) -> None:
         """End an engine and what it still computes."""
         if (watcher := self._watchers.pop(client, None)) is not None:
             watcher.cancel()
-        self._clients.remove(client)
-        await client.stop()
+        if client in self._clients:
+            self._clients.remove(client)
+            await client.stop()
 
     async def stop(self) -> None:
         """End all engines."""
@@ -83,18 +99,6 @@ class Fleet:
     def pids(self) -> list[int]:
         """The processes of all engines."""
         return [client.pid for client in self._clients if client.pid is not None]
-
-    async def _drain(self, model: ServedModel) -> None:
-        deadline = time.monotonic() + self._settings.drain_timeout
-        while model.client.outstanding and time.monotonic() < deadline:
-            await asyncio.sleep(_POLL_SECONDS)
-        if model.client.outstanding:
-            logger.warning(
-                "%d requests of the former '%s' outlast --drain-timeout: they end with an error",
-                model.client.outstanding,
-                model.name,
-            )
-        await self.stop_engine(model.client)
 
     async def _watch(self, client: EngineClient) -> None:
         await client.gave_up.wait()

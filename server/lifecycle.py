@@ -11,8 +11,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import uvicorn
@@ -22,15 +22,20 @@ from starlette.types import ASGIApp
 
 from ..engine.errors import ConfigError
 from ..engine.model_files import resolve_model
+from .admin import Admin
 from .app import build_app
 from .engine_metrics import EngineCollector, report_load
 from .fleet import Fleet
 from .gateway import Gateway, Phase
+from .job_store import JobStore, only_server_of
+from .jobs import JobLimits, Jobs
 from .limits import Admission
 from .metrics import Metrics
 from .models import ServedModel, served_name
+from .quantizations import Quantizations
 from .settings import Settings, limit_tokenizer_threads
 from .sockets import LimitedProtocol, bind
+from .switch import Switch
 
 logger = logging.getLogger("nybble")
 
@@ -63,8 +68,10 @@ async def _serve(settings: Settings, folder: Path, listener: socket.socket, star
     metrics = Metrics(name, settings.vllm_metrics)
     fleet = Fleet(settings, metrics)
     try:
-        model = await fleet.start(settings, folder, name)
+        model = fleet.prepare(settings, folder, name)
+        await model.client.start()
         fleet.serve(model)
+        fleet.watch(model)
         admission = Admission(settings.max_num_seqs, settings.max_queued_requests, settings.max_queued_tokens)
         gateway = Gateway(settings, fleet.models, metrics, admission)
         phases = {"gateway": time.monotonic() - started}
@@ -74,21 +81,44 @@ async def _serve(settings: Settings, folder: Path, listener: socket.socket, star
             phases["total"] = time.monotonic() - started
             print(_greeting(settings, model, listener, phases["total"]), flush=True)
 
-        return await Lifecycle(gateway, fleet, listener).run(announce)
+        async with admin_of(gateway, fleet) as admin:
+            return await Lifecycle(gateway, fleet, listener, admin).run(announce)
     finally:
         await fleet.stop()
+
+
+@asynccontextmanager
+async def admin_of(gateway: Gateway, fleet: Fleet) -> AsyncIterator[Admin]:
+    """The routes that change the server. While inside, quantization jobs run where folder and key allow it.
+
+    Errors: ConfigError, EngineError.
+    """
+    settings = gateway.settings
+    switch, folder = Switch(settings, fleet), settings.models_dir
+    if folder is None or settings.admin_key is None:
+        yield Admin(gateway, switch, None)
+        return
+    with only_server_of(folder) as hidden:
+        url = settings.database_url or f"sqlite:///{hidden / 'jobs.sqlite'}"
+        store = await asyncio.to_thread(JobStore, url, str(folder))
+        jobs = Jobs(store, JobLimits(settings.quantize_threads, settings.quantize_memory))
+        await jobs.start()
+        try:
+            yield Admin(gateway, switch, Quantizations(jobs, fleet, folder, settings.data_dir))
+        finally:
+            await jobs.stop()
 
 
 class Lifecycle:
     """Serve until a signal or an engine's end; then drain."""
 
-    def __init__(self, gateway: Gateway, fleet: Fleet, listener: socket.socket) -> None:
+    def __init__(self, gateway: Gateway, fleet: Fleet, listener: socket.socket, admin: Admin) -> None:
         self._gateway = gateway
         self._fleet = fleet
         self._listener = listener
         self._signal: signal.Signals | None = None
         self._stop = asyncio.Event()
-        self._server = HttpServer(build_app(gateway), gateway)
+        self._server = HttpServer(build_app(gateway, admin), gateway)
 
     async def run(self, announce: Callable[[], None]) -> int:
         """``announce`` is called once the model answers. Returns the exit code. Errors: ConfigError."""

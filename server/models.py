@@ -23,12 +23,14 @@ DEMO_NAME = "nybble-demo"
 class ServedModel:
     """One model and the engine that runs it.
 
+    settings: the server's, as they are for this model.
     sampling_defaults: under SamplingParams' names, from generation_config ({} where that is turned off).
     stated_max_model_len: what --max-model-len or the model's files say, until the engine has said it.
     """
 
     name: str
     folder: Path
+    settings: Settings
     created: int
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
@@ -123,6 +125,7 @@ def load_model(
     return ServedModel(
         name=name,
         folder=folder,
+        settings=settings,
         created=int(time.time()),
         tokenizer=tokenizer,
         chat_template=ChatTemplate.from_folder(folder, tokenizer.special_tokens, settings.chat_template),

@@ -118,8 +118,8 @@ class Settings(BaseSettings):
     data_dir: Path | None = Field(None, description="the folder of calibration files that jobs may name")
     database_url: str | None = Field(
         None,
-        description="where jobs are kept, as SQLAlchemy writes it: postgresql+psycopg://USER:PASSWORD@HOST/NAME "
-        "(default: SQLite in --models-dir)",
+        description="where jobs are kept, as SQLAlchemy writes it: "
+        "postgresql+psycopg://USER:PASSWORD@HOST/NAME (default: SQLite in --models-dir)",
     )
     quantize_threads: int = Field(1, ge=1, description="threads of a quantization job")
     quantize_memory: Size | None = Field(

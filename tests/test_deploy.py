@@ -14,6 +14,7 @@ import pytest
 import yaml
 from nybble.engine.client import EngineClient
 from nybble.engine.records import ModelInfo
+from nybble.server.admin import Admin
 from nybble.server.app import build_app
 from nybble.server.engine_metrics import EngineCollector
 from nybble.server.metrics import Metrics, VllmNames
@@ -55,7 +56,9 @@ def container(pod: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def routes() -> set[str]:
     """The paths of the real application."""
-    app: Any = build_app(SimpleNamespace(settings=Settings(), metrics=Metrics("demo")))  # type: ignore[arg-type]
+    app: Any = build_app(
+        SimpleNamespace(settings=Settings(), metrics=Metrics("demo")), Admin(None, None, None)
+    )  # type: ignore[arg-type]
     while not hasattr(app, "routes"):
         app = app._app
     return {route.path for route in app.routes}

@@ -15,11 +15,12 @@ import uvloop
 from fake_client import VOCAB, FakeClient
 from nybble.server.app import build_app
 from nybble.server.engine_metrics import EngineCollector
+from nybble.server.fleet import Fleet
 from nybble.server.gateway import Gateway
-from nybble.server.lifecycle import HttpServer
+from nybble.server.lifecycle import HttpServer, admin_of
 from nybble.server.limits import Admission
 from nybble.server.metrics import Metrics
-from nybble.server.models import ModelTable, load_model, served_name
+from nybble.server.models import load_model, served_name
 from nybble.server.settings import load_settings
 from nybble.server.sockets import bind
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -64,6 +65,7 @@ class GatewayServer:
 
     url: str
     gateway: Gateway
+    app: Any
     client: FakeClient
     loop: asyncio.AbstractEventLoop
     http: httpx.Client
@@ -107,25 +109,29 @@ def running(folder: Path, client: FakeClient | None = None, **options: Any) -> I
         metrics = Metrics(name, settings.vllm_metrics)
         model = load_model(settings, folder, name, fake, metrics)  # type: ignore[arg-type]
         fake.on_stats = model.metrics.step
-        models = ModelTable([model])
+        fleet = Fleet(settings, metrics)
+        models = fleet.models
+        fleet.serve(model)
         metrics.registry.register(EngineCollector(models, {"gateway": 0.1}))
         admission = Admission(settings.max_num_seqs, settings.max_queued_requests, settings.max_queued_tokens)
         gateway = Gateway(settings, models, metrics, admission)
-        server = HttpServer(build_app(gateway), gateway)
-        with bind("127.0.0.1", 0) as listener:
-            port = listener.getsockname()[1]
-            serving = asyncio.create_task(server.serve(sockets=[listener]))
-            while not server.started:
-                await asyncio.sleep(0.001)
-            url = f"http://127.0.0.1:{port}"
-            http = httpx.Client(base_url=url, timeout=20, verify=False)
-            started.append(GatewayServer(url, gateway, fake, asyncio.get_running_loop(), http))
-            ready.set()
-            while not stop.is_set():
-                await asyncio.sleep(0.01)
-            await fake.stop()
-            server.should_exit = True
-            await serving
+        async with admin_of(gateway, fleet) as admin:
+            app = build_app(gateway, admin)
+            server = HttpServer(app, gateway)
+            with bind("127.0.0.1", 0) as listener:
+                port = listener.getsockname()[1]
+                serving = asyncio.create_task(server.serve(sockets=[listener]))
+                while not server.started:
+                    await asyncio.sleep(0.001)
+                url = f"http://127.0.0.1:{port}"
+                http = httpx.Client(base_url=url, timeout=20, verify=False)
+                started.append(GatewayServer(url, gateway, app, fake, asyncio.get_running_loop(), http))
+                ready.set()
+                while not stop.is_set():
+                    await asyncio.sleep(0.01)
+                await fake.stop()
+                server.should_exit = True
+                await serving
 
     def run() -> None:
         try:

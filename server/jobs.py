@@ -1,0 +1,252 @@
+"""The queue of quantization jobs: one at a time in a process of its own, kept in a database, resumed."""
+
+import asyncio
+import logging
+import shutil
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from ..engine.errors import ConflictError, EngineError, NotFoundError
+from .job_store import JobRecord, JobStore, Status
+from .task_process import Json, TaskProcess, task_process
+
+logger = logging.getLogger("nybble")
+_SAVE_SECONDS = 5.0  # between two writes of a running job's progress
+_CANCEL_SECONDS = 30.0
+_ATTEMPTS = 3  # of a job whose process is killed: each goes on from the last finished block
+
+
+@dataclass(frozen=True, slots=True)
+class JobLimits:
+    """Of a job's process: threads, bytes that it may allocate (None: any), what is added to its niceness."""
+
+    num_threads: int
+    memory: int | None = None
+    nice: int = 10  # streams come first where they share a core
+
+
+class Jobs:
+    """Quantization jobs, the oldest first. All methods belong to one event loop."""
+
+    def __init__(self, store: JobStore, limits: JobLimits) -> None:
+        self._store = store
+        self._limits = limits
+        self._jobs: dict[str, JobRecord] = {}
+        self._changed = asyncio.Event()  # replaced at each change: whoever waits for the old one wakes
+        self._running: tuple[JobRecord, TaskProcess] | None = None
+        self._cancelling: set[str] = set()
+        self._closing = False
+        self._runner: asyncio.Task[None] | None = None
+        self._lock = asyncio.Lock()  # of the store
+
+    async def start(self) -> None:
+        """Read the jobs; what was running when the server ended goes on. Errors: EngineError."""
+        for job in await asyncio.to_thread(self._store.load):
+            self._jobs[job.id] = job
+            if job.status == "running":
+                job.status = "queued"
+        self._runner = asyncio.create_task(self._run(), name="quantization jobs")
+
+    async def stop(self) -> None:
+        """Interrupt the running job, which the next start resumes."""
+        self._closing = True
+        if self._running is not None:
+            await self._running[1].stop()
+        if self._runner is not None:
+            self._runner.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._runner
+        self._store.close()
+
+    def all(self) -> list[JobRecord]:
+        """In the order in which they were sent."""
+        return list(self._jobs.values())
+
+    def get(self, job_id: str) -> JobRecord:
+        """Errors: NotFoundError."""
+        job = self._jobs.get(job_id)
+        if job is None:
+            raise NotFoundError(f"no quantization job '{job_id:.60}'; GET /v1/quantizations lists them")
+        return job
+
+    async def submit(self, request: Json) -> JobRecord:
+        """Queue a job. Errors: ConflictError where another one makes the same output, EngineError."""
+        for other in self._jobs.values():
+            if not other.ended and other.request["output"] == request["output"]:
+                raise ConflictError(f"'output' {request['output']}: job {other.id} makes it", param="output")
+        job = JobRecord(f"quant-{uuid4().hex}", int(time.time()), request)
+        self._jobs[job.id] = job  # at once: a second request of the same output must find it
+        try:
+            await self._write(self._store.add, job)
+        except BaseException:
+            del self._jobs[job.id]
+            raise
+        self._notify()
+        return job
+
+    async def cancel(self, job_id: str) -> JobRecord:
+        """End a job that has not ended; returns once it has. Errors: NotFoundError, ConflictError."""
+        job = self.get(job_id)
+        if job.ended:
+            raise ConflictError(f"job {job.id} has ended: {job.status}")
+        if self._running is None or self._running[0] is not job:
+            await self._end(job, "cancelled")
+            return job
+        self._cancelling.add(job.id)
+        await self._running[1].stop()
+        async with asyncio.timeout(_CANCEL_SECONDS):
+            async for _ in self.watch(job):
+                pass
+        return job
+
+    async def remove(self, job_id: str) -> JobRecord:
+        """Forget a job that has ended, not what it made. Errors: NotFoundError, ConflictError."""
+        job = self.get(job_id)
+        if not job.ended:
+            raise ConflictError(f"job {job.id} is {job.status}; cancel it first")
+        await self._write(self._store.remove, job)
+        await asyncio.to_thread(_discard_blocks, job)
+        del self._jobs[job.id]
+        return job
+
+    async def watch(self, job: JobRecord) -> AsyncIterator[None]:
+        """An item at once and after each change, the last when the job has ended."""
+        while True:
+            changed = self._changed
+            yield
+            if job.ended:
+                return
+            await changed.wait()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _write(self, operation: Any, job: JobRecord) -> None:
+        async with self._lock:
+            await asyncio.to_thread(operation, job)
+
+    async def _save(self, job: JobRecord) -> None:
+        """What cannot be stored now is logged: the job itself must not fail by it."""
+        try:
+            await self._write(self._store.update, job)
+        except EngineError as error:
+            logger.error("job %s: %s", job.id, error)
+        self._notify()
+
+    async def _end(self, job: JobRecord, status: Status, error: Json | None = None) -> None:
+        if status == "cancelled":
+            await asyncio.to_thread(_discard_blocks, job)
+        job.status, job.error, job.finished_at = status, error, int(time.time())
+        logger.info("job %s (%s): %s%s", job.id, job.request["output"], status, _reason(error))
+        await self._save(job)
+
+    async def _run(self) -> None:
+        while True:
+            changed = self._changed
+            job = next((job for job in self._jobs.values() if job.status == "queued"), None)
+            if job is None:
+                await changed.wait()
+                continue
+            try:
+                await self._execute(job)
+            except Exception:
+                logger.exception("job %s", job.id)
+                await self._end(job, "failed", {"code": "internal", "message": "see the server's log"})
+
+    async def _execute(self, job: JobRecord) -> None:
+        job.status, job.started_at = "running", job.started_at or int(time.time())
+        logger.info("job %s (%s): running", job.id, job.request["output"])
+        await self._save(job)
+        for attempt in range(1, _ATTEMPTS + 1):
+            last = await self._attempt(job)
+            if last.get("code") != "killed" or self._closing or job.id in self._cancelling:
+                break
+            logger.warning("job %s: %s (attempt %d of %d)", job.id, last["message"], attempt, _ATTEMPTS)
+        if job.id in self._cancelling:
+            self._cancelling.discard(job.id)
+            await self._end(job, "cancelled")
+        elif last["event"] == "result":
+            job.result = _result(last, job.request.get("gate"))
+            job.progress["eta_seconds"] = 0
+            await self._end(job, "succeeded")
+        elif self._closing:
+            job.status = "queued"
+            await self._save(job)
+        else:
+            error = {
+                "code": last.get("code", "failed"),
+                "message": last["message"],
+                "layer": last.get("layer"),
+            }
+            await self._end(job, "failed", error)
+
+    async def _attempt(self, job: JobRecord) -> Json:
+        """One process, which goes on where the last one ended; its last event."""
+        limits = self._limits
+        options = {**job.request["options"], "num_threads": limits.num_threads, "resume": True}
+        async with task_process("quantize", options, nice=limits.nice, memory_limit=limits.memory) as task:
+            self._running = (job, task)
+            try:
+                if job.id in self._cancelling:
+                    await task.stop()
+                return await self._follow(job, task)
+            finally:
+                self._running = None
+
+    async def _follow(self, job: JobRecord, task: TaskProcess) -> Json:
+        """Keep the job's progress; returns the task's last event."""
+        last: Json = {}
+        pace = Pace()
+        saved = time.monotonic()
+        async for last in task:
+            if last["event"] == "progress":
+                job.progress |= pace.progress(last)
+                self._notify()
+            elif last["event"] == "log":
+                logger.info("job %s: %s", job.id, last["line"])
+            if time.monotonic() - saved > _SAVE_SECONDS:
+                saved = time.monotonic()
+                await self._save(job)
+        return last
+
+
+class Pace:
+    """How fast a phase goes."""
+
+    def __init__(self) -> None:
+        self._phase = ""
+        self._began = (0.0, 0)
+
+    def progress(self, event: Json) -> Json:
+        """A task's event as the API's progress; seconds to the end of the phase, None while unknown."""
+        now, done, total = time.monotonic(), event["done"], event["total"]
+        if event["phase"] != self._phase:
+            self._phase, self._began = event["phase"], (now, done)
+        began, first = self._began
+        eta = round((now - began) / (done - first) * (total - done), 1) if done > first else None
+        shown = {"phase": event["phase"], "done": done, "total": total, "eta_seconds": eta}
+        return shown | {name: event[name] for name in ("layer", "loss") if name in event}
+
+
+def _result(summary: Json, gate: Json | None) -> Json:
+    result = {name: value for name, value in summary.items() if name != "event"}
+    if gate is not None:
+        rise = result["report"]["nll_increase"]
+        result["gate"] = {**gate, "nll_increase": rise, "passed": rise <= gate["max_nll_increase"]}
+    return result
+
+
+def _reason(error: Json | None) -> str:
+    return "" if error is None else f": {error['message']}"
+
+
+def _discard_blocks(job: JobRecord) -> None:
+    """What an unfinished run left: ``engine.quantize.scratch`` names the folder."""
+    out = Path(job.request["options"]["out"])
+    shutil.rmtree(out.parent / f".{out.name}.work", ignore_errors=True)

@@ -1,0 +1,209 @@
+"""POST /v1/quantizations and its jobs: from a body to a job's options, and what is shown of it."""
+
+import asyncio
+import hashlib
+import re
+from collections.abc import AsyncIterator
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic_core import to_json
+
+from ..engine.errors import ConflictError, NotFoundError, RequestError
+from ..engine.model_files import ModelFiles
+from .cli_quantize import Quantize
+from .fleet import Fleet
+from .job_store import JobRecord
+from .jobs import Jobs
+
+_KEEPALIVE_SECONDS = 15.0
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_OTHERWISE = {"model", "out", "calibration", "overwrite", "resume", "revision", "num_threads"}
+_STRICT = ConfigDict(extra="forbid", strict=True)
+
+Json = dict[str, Any]
+
+
+class Texts(BaseModel):
+    """Calibration text in the request itself."""
+
+    model_config = _STRICT
+    texts: Annotated[list[str], Field(min_length=1, max_length=1 << 16)]
+
+
+class CalibrationBody(BaseModel):
+    """source: "default" is the built-in text; else a file under --data-dir, or texts."""
+
+    model_config = _STRICT
+    source: str | Texts = "default"
+
+
+class GateBody(BaseModel):
+    """max_nll_increase: nats per token of held-out text that quantizing may cost."""
+
+    model_config = _STRICT
+    max_nll_increase: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class LoadBody(BaseModel):
+    """POST /v1/models/load. model: a folder under --models-dir, or a served name."""
+
+    model_config = _STRICT
+    model: str
+    alias: Annotated[str, Field(min_length=1, max_length=256)]
+    strategy: Literal["both", "replace"] = "both"
+
+
+class UnloadBody(BaseModel):
+    """POST /v1/models/unload."""
+
+    model_config = _STRICT
+    model: str
+
+
+@cache
+def quantization_body() -> type[BaseModel]:
+    """POST /v1/quantizations: the CLI's options, in snake_case, beside what the API has of its own."""
+    hints = get_type_hints(Quantize, include_extras=True)
+    options: Any = {
+        field.name: (hints[field.name], field.default)
+        for field in fields(Quantize)
+        if field.name not in _OTHERWISE
+    }
+    return create_model(
+        "QuantizationBody",
+        __config__=_STRICT,
+        __doc__="POST /v1/quantizations.",
+        model=(str, ...),
+        output=(str, ...),
+        calibration=(CalibrationBody, CalibrationBody()),
+        gate=(GateBody | None, None),
+        **options,
+    )
+
+
+class Quantizations:
+    """The jobs of a server and the folders that they may touch."""
+
+    def __init__(self, jobs: Jobs, fleet: Fleet, models_dir: Path, data_dir: Path | None) -> None:
+        self.jobs = jobs
+        self._fleet = fleet
+        self._models_dir = models_dir
+        self._data_dir = data_dir
+
+    async def submit(self, fields: Json) -> JobRecord:
+        """Queue a job. Errors: RequestError, NotFoundError, ConflictError, pydantic.ValidationError."""
+        body: Any = quantization_body().model_validate(fields)
+        model = self.model_folder(body.model)
+        out = self._output(body.output)
+        calibration = await asyncio.to_thread(self._calibration, body.calibration.source)
+        given = body.model_dump(exclude={"model", "output", "calibration", "gate"})
+        layers = ModelFiles(model).config.get("num_hidden_layers")
+        request = {
+            "model": body.model,
+            "output": body.output,
+            **body.model_dump(include=body.model_fields_set - {"model", "output", "calibration", "gate"}),
+            "calibration": {"source": _shown_source(body.calibration.source)},
+            "gate": None if body.gate is None else body.gate.model_dump(),
+            "options": {**given, "model": str(model), "out": str(out), "calibration": calibration},
+        }
+        job = await self.jobs.submit(request)
+        job.progress["num_layers"] = layers
+        return job
+
+    def model_folder(self, name: str) -> Path:
+        """Of a served name, or a folder under --models-dir. Errors: RequestError, NotFoundError."""
+        if (known := self._fleet.folders.get(name)) is not None:
+            return known
+        folder = _inside(self._models_dir, name, "model", "--models-dir")
+        if not (folder / "config.json").is_file():
+            raise NotFoundError(
+                f"'model' {name:.200}: neither served nor a model under --models-dir", param="model"
+            )
+        return folder
+
+    def refused_by_gate(self, name: str) -> str | None:
+        """Why the checkpoint of that name must not be served, or None."""
+        for job in reversed(self.jobs.all()):
+            if job.request["output"] == name and job.status == "succeeded":
+                gate = (job.result or {}).get("gate")
+                if gate is None or gate["passed"]:
+                    return None
+                return (
+                    f"job {job.id} did not pass its gate: NLL rose by {gate['nll_increase']:.4f}, "
+                    f"allowed are {gate['max_nll_increase']:g}"
+                )
+        return None
+
+    def _output(self, name: str) -> Path:
+        if not _NAME.fullmatch(name):
+            raise RequestError(
+                f"'output' {name:.200}: use letters, digits, '.', '_' and '-', no folders", param="output"
+            )
+        out = self._models_dir / name
+        if out.exists():
+            raise ConflictError(f"'output' {name}: exists already; choose another name", param="output")
+        return out
+
+    def _calibration(self, source: "str | Texts") -> str | None:
+        """The file to read, None for the built-in text."""
+        if isinstance(source, Texts):
+            content = "\n<|endoftext|>\n".join(source.texts).encode()
+            folder = self._models_dir / ".nybble"
+            folder.mkdir(exist_ok=True)
+            path = folder / f"calibration-{hashlib.sha256(content).hexdigest()[:32]}.txt"
+            path.write_bytes(content)
+            return str(path)
+        if source == "default":
+            return None
+        param = "calibration.source"
+        if self._data_dir is None:
+            raise RequestError(f"'{param}' {source:.200}: the server has no --data-dir", param=param)
+        path = _inside(self._data_dir, source, param, "--data-dir")
+        if not path.is_file():
+            raise NotFoundError(f"'{param}' {source:.200}: no file under --data-dir", param=param)
+        return str(path)
+
+
+def _inside(root: Path, name: str, param: str, option: str) -> Path:
+    """``root / name``. RequestError where it is not really inside, over symbolic links too."""
+    try:
+        path = (root / name).resolve()
+    except (OSError, ValueError) as error:
+        raise RequestError(f"'{param}': not a path", param=param) from error
+    hidden = any(part.startswith(".") for part in Path(name).parts)
+    if hidden or root.resolve() not in path.parents:
+        raise RequestError(f"'{param}' {name:.200}: must lie under {option}", param=param)
+    return path
+
+
+def _shown_source(source: "str | Texts") -> Any:
+    return {"texts": len(source.texts)} if isinstance(source, Texts) else source
+
+
+def shown(job: JobRecord) -> Json:
+    """The API's job object: no paths of the server's."""
+    content = job.to_dict()
+    del content["options"]
+    if content["result"] is not None:
+        content["result"] = content["result"] | {"out": content["output"]}
+    return content
+
+
+async def events(jobs: Jobs, job: JobRecord) -> AsyncIterator[bytes]:
+    """Server-sent events: ``progress`` at each change, ``end`` once; comments keep the line open."""
+    watched = jobs.watch(job)
+    while True:
+        item = asyncio.ensure_future(anext(watched, None))
+        try:
+            while not (await asyncio.wait({item}, timeout=_KEEPALIVE_SECONDS))[0]:
+                yield b": keep-alive\n\n"
+        finally:
+            item.cancel()
+        kind = b"end" if job.ended else b"progress"
+        yield b"event: " + kind + b"\ndata: " + to_json(shown(job)) + b"\n\n"
+        if job.ended:
+            return

@@ -1,0 +1,113 @@
+"""Models loaded and unloaded while the server runs: both resident, the name switched, the old one drained."""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from ..engine.errors import ConfigError, ConflictError, EngineError
+from .fleet import Fleet
+from .models import ServedModel
+from .settings import Settings
+from .task_process import task_process
+
+Strategy = Literal["both", "replace"]
+
+
+class Switch:
+    """One change at a time; a second one meanwhile is a ConflictError."""
+
+    def __init__(self, settings: Settings, fleet: Fleet) -> None:
+        self._settings = settings
+        self._fleet = fleet
+        self._busy = asyncio.Lock()
+
+    async def load(self, folder: Path, alias: str, strategy: Strategy) -> dict[str, Any]:
+        """Serve the model in ``folder`` as ``alias``; returns once it does.
+
+        "both": the old model of that name answers until the new one does. "replace": it ends first, and comes
+        back where the new one fails. Errors: ConfigError where the model cannot be served, ConflictError
+        where not both fit; then everything is as before.
+        """
+        self._refuse_second()
+        async with self._busy:
+            started = time.monotonic()
+            settings = self._settings_for(folder)
+            report = await self._check(settings, folder)
+            before = next((model for model in self._fleet.models.all() if model.name == alias), None)
+            needed, free = report["weight_bytes"] + report["kv_bytes_one_request"], report["free_bytes"]
+            if strategy == "both" and needed > free:
+                raise ConflictError(
+                    f"'{alias}' needs {needed} bytes beside what is served, {free} are free; use "
+                    '"strategy": "replace", which ends the old model first, or unload another',
+                    param="strategy",
+                )
+            if strategy == "replace" and before is not None:
+                model = await self._replace(settings, folder, before)
+            else:
+                model = await self._beside(settings, folder, alias)
+            return {**model.card(), "load_seconds": round(time.monotonic() - started, 3)}
+
+    async def unload(self, name: str) -> None:
+        """Serve the name no more; its requests are finished. Errors: ModelNotFoundError, ConflictError."""
+        self._refuse_second()
+        async with self._busy:
+            self._fleet.models.get(name)
+            if len(self._fleet.models.all()) == 1:
+                raise ConflictError(f"'{name}' is the only model; stop the server instead", param="model")
+            self._fleet.retire(self._fleet.models.remove(name))
+
+    def _refuse_second(self) -> None:
+        if self._busy.locked():
+            raise ConflictError("another model is being loaded or unloaded; try again when it is done")
+
+    def _settings_for(self, folder: Path) -> Settings:
+        """The server's options but those that describe its first model."""
+        own = {"model": str(folder), "revision": None, "chat_template": None, "max_model_len": None}
+        return self._settings.model_copy(update=own)
+
+    async def _check(self, settings: Settings, folder: Path) -> dict[str, Any]:
+        """What ``nybble check`` says. ConfigError where the model would not load even alone."""
+        options: dict[str, Any] = {"model": str(folder), "device": settings.device, "dtype": settings.dtype}
+        last: dict[str, Any] = {}
+        async with task_process("check", options) as task:
+            async for event in task:
+                last = event
+        if last["event"] != "result":
+            raise ConfigError(last["message"])
+        if not last["weight_bytes"]:  # else what stands against it may be memory alone
+            raise ConfigError("; ".join(last["problems"]))
+        return last
+
+    async def _beside(self, settings: Settings, folder: Path, alias: str) -> ServedModel:
+        model = self._fleet.prepare(settings, folder, alias)
+        await self._wait(model)
+        before = self._fleet.serve(model)
+        self._fleet.watch(model)
+        if before is not None:
+            self._fleet.retire(before)
+        return model
+
+    async def _replace(self, settings: Settings, folder: Path, before: ServedModel) -> ServedModel:
+        model = self._fleet.prepare(settings, folder, before.name)
+        self._fleet.serve(model)  # from here on the name answers 503: the model is loading
+        await self._fleet.drain(before)
+        try:
+            await self._wait(model)
+        except (ConfigError, EngineError):
+            back = self._fleet.prepare(before.settings, before.folder, before.name)
+            await back.client.start()
+            self._fleet.serve(back)
+            self._fleet.watch(back)
+            raise
+        self._fleet.watch(model)
+        return model
+
+    async def _wait(self, model: ServedModel) -> None:
+        """Until its engine answers; else it is stopped. Errors: ConfigError, EngineError."""
+        try:
+            await model.client.start()
+            await model.client.wait_ready()
+        except BaseException:
+            await self._fleet.stop_engine(model.client)
+            raise

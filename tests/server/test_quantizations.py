@@ -1,0 +1,211 @@
+"""Quantization jobs over HTTP: a real task process on a tiny model, beside a fake engine."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gateway_server import GatewayServer, running
+from tiny_models import tiny_transformer
+from tiny_tokenizer import write_tokenizer
+
+ADMIN = {"authorization": "Bearer adm"}
+TEXTS = ["the cat and the dog went to the sea in the rain and then sang " * 4] * 8
+SMALL = {"group_size": 32, "num_samples": 4, "seq_len": 64, "calibration": {"source": {"texts": TEXTS}}}
+
+
+@pytest.fixture(scope="module")
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    tiny_transformer("llama", vocab_size=300).save_pretrained(root / "original")
+    write_tokenizer(root / "original")
+    (root.parent / "data").mkdir()
+    (root.parent / "data" / "mine.txt").write_text("\n<|endoftext|>\n".join(TEXTS))
+    (root.parent / "secret.txt").write_text("not for calibration")
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, models_dir: Path) -> Iterator[GatewayServer]:
+    data = models_dir.parent / "data"
+    with running(folder, models_dir=models_dir, data_dir=data, admin_key="adm") as found:
+        found.http.headers.update(ADMIN)
+        yield found
+
+
+def submit(server: GatewayServer, output: str, **fields: Any) -> Any:
+    answer = server.post("/v1/quantizations", {"model": "original", "output": output, **SMALL, **fields})
+    assert answer.status_code == 202, answer.text
+    assert answer.headers["location"] == f"/v1/quantizations/{answer.json()['id']}"
+    return answer.json()
+
+
+def follow(server: GatewayServer, job_id: str) -> list[tuple[str, Any]]:
+    """All events of a job as (name, job)."""
+    found, name = [], ""
+    with server.http.stream("GET", f"/v1/quantizations/{job_id}/events", timeout=120) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        for line in answer.iter_lines():
+            if line.startswith("event: "):
+                name = line.removeprefix("event: ")
+            elif line.startswith("data: "):
+                found.append((name, json.loads(line.removeprefix("data: "))))
+    return found
+
+
+def test_a_job_from_its_request_to_its_checkpoint(server: GatewayServer, models_dir: Path) -> None:
+    job = submit(server, "rtn4", method="rtn", bits=4)
+    assert (job["object"], job["model"], job["output"], job["bits"]) == (
+        "quantization",
+        "original",
+        "rtn4",
+        4,
+    )
+    events = follow(server, job["id"])
+    assert [name for name, _ in events[:-1]] == ["progress"] * (len(events) - 1)
+    name, last = events[-1]
+    assert (name, last["status"], last["error"]) == ("end", "succeeded", None)
+    assert last["progress"]["done"] == last["progress"]["total"] > 0
+    assert last["started_at"] <= last["finished_at"]
+    assert last["result"]["out"] == "rtn4"
+    config = json.loads((models_dir / "rtn4" / "config.json").read_text())
+    assert config["quantization_config"]["bits"] == 4
+    listed = server.get("/v1/quantizations").json()["data"]
+    assert listed[0] == server.get(f"/v1/quantizations/{job['id']}").json() == last
+    assert "options" not in last
+
+
+def test_calibration_from_a_file_and_what_it_was_is_kept(server: GatewayServer, models_dir: Path) -> None:
+    job = submit(server, "gptq3", bits=3, calibration={"source": "mine.txt"})
+    last = follow(server, job["id"])[-1][1]
+    assert (last["status"], last["calibration"]) == ("succeeded", {"source": "mine.txt"})
+    assert last["result"]["meta"]["calibration"]["name"] == "mine.txt"
+    assert last["progress"]["num_layers"] == 3
+    assert {path.name for path in models_dir.iterdir()} >= {"gptq3", "original"}
+    assert [path for path in models_dir.iterdir() if path.name.startswith(".gptq3")] == []
+
+
+BAD = [
+    ({"bits": "4"}, 400, "'bits'"),
+    ({"no_such_option": 1}, 400, "unknown parameter 'no_such_option'"),
+    ({"output": "../escape"}, 400, "'output' ../escape"),
+    ({"output": ".hidden"}, 400, "'output' .hidden"),
+    ({"output": "original"}, 409, "exists already"),
+    ({"model": "../models/original"}, 400, "must lie under --models-dir"),
+    ({"model": "/etc"}, 400, "must lie under --models-dir"),
+    ({"model": "nothing"}, 404, "neither served nor a model"),
+    ({"model": ".nybble"}, 400, "must lie under"),
+    ({"calibration": {"source": "../secret.txt"}}, 400, "must lie under --data-dir"),
+    ({"calibration": {"source": "other.txt"}}, 404, "no file under --data-dir"),
+    ({"calibration": {"source": {"texts": []}}}, 400, "calibration.source"),
+    ({"gate": {"max_nll_increase": -1}}, 400, "gate.max_nll_increase"),
+]
+
+
+@pytest.mark.parametrize(("fields", "status", "said"), BAD)
+def test_requests_that_make_no_job(server: GatewayServer, fields: Any, status: int, said: str) -> None:
+    before = len(server.get("/v1/quantizations").json()["data"])
+    answer = server.post("/v1/quantizations", {"model": "original", "output": "x", **SMALL, **fields})
+    assert answer.status_code == status, answer.text
+    assert said in answer.json()["error"]["message"]
+    assert len(server.get("/v1/quantizations").json()["data"]) == before
+
+
+def test_a_link_out_of_the_folder_is_no_way_out(server: GatewayServer, models_dir: Path) -> None:
+    (models_dir / "link").symlink_to(models_dir.parent)
+    answer = server.post("/v1/quantizations", {"model": "link/models", "output": "x"})
+    assert answer.status_code == 400
+    assert "must lie under" in answer.json()["error"]["message"]
+
+
+def test_a_setting_that_cannot_work_ends_the_job_with_its_reason(server: GatewayServer) -> None:
+    job = submit(server, "bad", bits=5)
+    last = follow(server, job["id"])[-1][1]
+    assert (last["status"], last["error"]["code"]) == ("failed", "invalid")
+    assert "--bits 5" in last["error"]["message"]
+    assert server.http.delete(f"/v1/quantizations/{job['id']}").json()["deleted"] is True
+    assert server.get(f"/v1/quantizations/{job['id']}").status_code == 404
+
+
+def test_cancel_while_queued_and_while_running(server: GatewayServer, models_dir: Path) -> None:
+    running_job = submit(server, "long", num_samples=4096, calibration={"source": {"texts": TEXTS * 400}})
+    waiting = submit(server, "later")
+    assert server.post("/v1/quantizations", {"model": "original", "output": "later"}).status_code == 409
+    assert server.http.delete(f"/v1/quantizations/{waiting['id']}").status_code == 409
+    server.wait(lambda: job_process(server) is not None)
+    for job in (waiting, running_job):
+        assert server.post(f"/v1/quantizations/{job['id']}/cancel").json()["status"] == "cancelled"
+    assert server.post(f"/v1/quantizations/{waiting['id']}/cancel").status_code == 409
+    left = [path.name for path in models_dir.iterdir() if "long" in path.name or "later" in path.name]
+    assert left == []
+
+
+def job_process(server: GatewayServer) -> int | None:
+    children = Path("/proc/self/task").glob("*/children")
+    for pid in (pid for path in children for pid in path.read_text().split()):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if b"nybble.engine.tasks" in command and b"quantize" in command:
+            return int(pid)
+    return None
+
+
+def test_a_killed_process_is_started_again(server: GatewayServer) -> None:
+    job = submit(server, "killed")
+    server.wait(lambda: job_process(server) is not None)
+    victim = job_process(server)
+    assert victim is not None
+    os.kill(victim, signal.SIGKILL)
+    assert follow(server, job["id"])[-1][1]["status"] == "succeeded"
+
+
+def test_a_process_that_is_always_killed_fails_the_job(server: GatewayServer) -> None:
+    job = submit(server, "hopeless")
+    victims: set[int] = set()
+    deadline = time.monotonic() + 60
+    while server.get(f"/v1/quantizations/{job['id']}").json()["finished_at"] is None:
+        assert time.monotonic() < deadline
+        if (victim := job_process(server)) is not None and victim not in victims:
+            victims.add(victim)
+            os.kill(victim, signal.SIGKILL)
+        time.sleep(0.02)
+    last = server.get(f"/v1/quantizations/{job['id']}").json()
+    assert (last["status"], last["error"]["code"], len(victims)) == ("failed", "killed", 3)
+    assert "signal 9" in last["error"]["message"]
+
+
+def test_keys(folder: Path, models_dir: Path, tmp_path: Path, server: GatewayServer) -> None:
+    bare = {"authorization": ""}
+    assert server.http.get("/v1/quantizations", headers=bare).status_code == 401
+    assert server.http.get("/v1/quantizations", headers={"authorization": "Bearer no"}).status_code == 403
+    with running(folder, models_dir=tmp_path, api_key=["user"]) as plain:
+        user = {"authorization": "Bearer user"}
+        for method, path in (
+            ("GET", ""),
+            ("POST", ""),
+            ("GET", "/x"),
+            ("DELETE", "/x"),
+            ("POST", "/x/cancel"),
+        ):
+            answer = plain.http.request(method, f"/v1/quantizations{path}", headers=user)
+            assert answer.status_code == 403
+            assert "--admin-key" in answer.json()["error"]["message"]
+    with running(folder, admin_key="adm", api_key=["user"]) as without:
+        answer = without.get("/v1/quantizations", headers=ADMIN)
+        assert answer.status_code == 403
+        assert "--models-dir" in answer.json()["error"]["message"]
+        assert without.get("/v1/quantizations", headers={"authorization": "Bearer user"}).status_code == 403
+        assert without.get("/v1/models", headers=ADMIN).status_code == 200
+
+
+def test_jobs_are_there_after_a_restart(folder: Path, tmp_path: Path) -> None:
+    with running(folder, models_dir=tmp_path, admin_key="adm") as first:
+        first.http.headers.update(ADMIN)
+        job = first.post("/v1/quantizations", {"model": "tiny", "output": "o"}).json()
+        ended = follow(first, job["id"])[-1][1]
+    with running(folder, models_dir=tmp_path, admin_key="adm") as second:
+        second.http.headers.update(ADMIN)
+        assert second.get("/v1/quantizations").json()["data"] == [ended]

@@ -9,6 +9,7 @@ Weight[n, k] = scales[k // size, n] * (code[k, n] - zero[k // size, n]). The nib
 are the outputs 0, 2, 4, 6, 1, 3, 5, 7 of its eight. Source: AutoAWQ 0.2.9, GPTQModel 7 (awq/packing_utils).
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +21,7 @@ from ...kernels.layout import PackedWeight, QuantSpec
 from ..errors import CheckpointError, UnsupportedModelError
 from .base import FLOATS, Expected
 from .dense import DenseFormat
-from .fields import flag, group_size, names, refuse_foreign
+from .fields import compiled, flag, group_size, names, refuse_foreign
 from .packing import pack, unpack
 
 BITS = 4
@@ -30,10 +31,14 @@ _WHERE = "quantization_config"
 
 @dataclass(frozen=True)
 class AWQFormat:
-    """Quant method "awq". skipped: modules whose names contain one of these are dense (AutoAWQ's rule)."""
+    """Quant method "awq". skipped: modules whose names contain one of these are dense (AutoAWQ's rule).
+
+    excluded: patterns that match the start of dense modules' names (GPTQModel's ``dynamic``, with "-:").
+    """
 
     base: QuantSpec
     skipped: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
     lm_head: bool = False
     meta: Mapping[str, Any] = field(default_factory=dict)
 
@@ -65,6 +70,7 @@ class AWQFormat:
         return cls(
             QuantSpec(BITS, size, symmetric=False),
             names(config, "modules_to_not_convert", _WHERE),
+            _excluded(config.get("dynamic") or {}),
             flag(config, "lm_head", False, _WHERE),
             config.get("meta") or {},
         )
@@ -73,7 +79,10 @@ class AWQFormat:
         """The base specification; None: stored dense."""
         if module.rpartition(".")[2] == "lm_head" and not self.lm_head:
             return None
-        return None if any(part in module for part in self.skipped) else self.base
+        dense = any(part in module for part in self.skipped) or any(
+            re.match(p, module) for p in self.excluded
+        )
+        return None if dense else self.base
 
     def expressible(self, out: int, in_: int, spec: QuantSpec) -> str | None:
         """Why readers of this family could not hold a module of this shape; None if they can."""
@@ -165,9 +174,21 @@ class AWQFormat:
             "modules_to_not_convert": list(self.skipped) or None,
             "meta": dict(self.meta),
         }
+        # GPTQModel looks at ``dynamic`` only, the others at the list of names only.
+        excluded = [*self.excluded, *(f".*{re.escape(name)}" for name in self.skipped)]
+        if excluded:
+            block["dynamic"] = {f"-:{pattern}": {} for pattern in dict.fromkeys(excluded)}
         if self.lm_head:
             block["lm_head"] = True
         return {"quantization_config": block}
+
+
+def _excluded(dynamic: Any) -> tuple[str, ...]:
+    if not isinstance(dynamic, dict) or not all(pattern.startswith("-:") for pattern in dynamic):
+        raise UnsupportedModelError(
+            f"{_WHERE}: dynamic: AWQ modules are all alike or dense (patterns of '-:')"
+        )
+    return compiled([pattern.removeprefix("-:") for pattern in dynamic], _WHERE)
 
 
 def _unpack(words: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from ..errors import CheckpointError, UnsupportedModelError
 from .base import FLOATS, Expected
 from .bitmask24 import bitmask_tensors, read_bitmask, write_bitmask
 from .dense import DenseFormat
-from .fields import flag, group_size, names, refuse_foreign
+from .fields import compiled, flag, group_size, names, refuse_foreign
 from .packing import pack, unpack
 
 BITS = (2, 4, 8)
@@ -289,12 +289,9 @@ def _group_block(group: Group) -> dict[str, Any]:
 
 
 def _patterns(targets: Iterable[str]) -> tuple[str, ...]:
-    for target in targets:
-        try:
-            re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
-        except (re.error, RecursionError, OverflowError) as error:
-            raise CheckpointError(f"{_WHERE}: {target[:100]!r} is no regular expression ({error})") from error
-    return tuple(targets)
+    found = tuple(targets)
+    compiled((target.removeprefix("re:") for target in found if target.startswith("re:")), _WHERE)
+    return found
 
 
 def _matches(target: str, module: str) -> int:

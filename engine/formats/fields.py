@@ -1,6 +1,7 @@
 """Fields of a quantization configuration, checked. ``where`` names the place in errors."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedModelError
@@ -42,3 +43,14 @@ def names(config: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
         raise CheckpointError(f"{where}: {key} {str(value)[:100]!r}: expected a list of names")
     return tuple(value)
+
+
+def compiled(patterns: Iterable[str], where: str) -> tuple[str, ...]:
+    """The same patterns. CheckpointError for one that is no regular expression."""
+    found = tuple(patterns)
+    for pattern in found:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise CheckpointError(f"{where}: {pattern[:100]!r} is no regular expression ({error})") from error
+    return found

@@ -25,7 +25,7 @@ from ...kernels.layout import PackedWeight, QuantSpec
 from ..errors import CheckpointError, UnsupportedModelError
 from .base import FLOATS, Expected
 from .dense import DenseFormat
-from .fields import flag, group_size, refuse_foreign
+from .fields import compiled, flag, group_size, refuse_foreign
 from .packing import pack, unpack
 
 Version = Literal["gptq", "gptq_v2"]
@@ -84,12 +84,7 @@ class GPTQFormat:
         if not isinstance(dynamic, dict) or not all(isinstance(v, dict) for v in dynamic.values()):
             raise CheckpointError("quantization_config: dynamic must map patterns to objects")
         for pattern, override in dynamic.items():
-            try:
-                re.compile(_bare(pattern))
-            except (re.error, RecursionError, OverflowError) as error:
-                raise CheckpointError(
-                    f"quantization_config: dynamic: {pattern[:100]!r} is no regular expression ({error})"
-                ) from error
+            compiled([_bare(pattern)], "quantization_config: dynamic")
             refuse_foreign(override, _NEUTRAL, f"quantization_config: dynamic {pattern[:100]!r}")
         base = _spec(config, QuantSpec(4, 128, True), "quantization_config", bits_required=True)
         found = cls(

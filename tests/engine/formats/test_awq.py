@@ -102,7 +102,12 @@ def test_old_keys_and_modules_that_stay_dense() -> None:
     assert found.spec("model.layers.0.self_attn.q_proj") == QuantSpec(4, 64, False)
     for dense in ("lm_head", "model.layers.0.self_attn.o_proj", "model.layers.1.mlp.up_proj"):
         assert found.spec(dense) is None
-    assert get_format(found.config_entries()["quantization_config"]) == found
+    again = get_format(found.config_entries()["quantization_config"])
+    for module in ("layers.0.self_attn.q_proj", "layers.0.self_attn.o_proj", "layers.1.mlp.up_proj"):
+        assert again.spec(f"model.{module}") == found.spec(f"model.{module}")
+    named = AWQFormat(QuantSpec(4, 64, False), excluded=("model.*up_proj",))
+    assert named.spec("model.layers.0.mlp.up_proj") is None
+    assert get_format(named.config_entries()["quantization_config"]) == named
     with_head = get_format(config(lm_head=True))
     assert with_head.spec("lm_head") is not None
     assert get_format(with_head.config_entries()["quantization_config"]) == with_head
@@ -121,6 +126,8 @@ def test_old_keys_and_modules_that_stay_dense() -> None:
         ({"desc_act": True}, UnsupportedModelError, "desc_act"),
         ({"group_size": 0}, CheckpointError, "group_size 0"),
         ({"zero_point": "yes"}, CheckpointError, "zero_point 'yes'"),
+        ({"dynamic": {"+:.*q_proj": {"bits": 8}}}, UnsupportedModelError, "all alike or dense"),
+        ({"dynamic": {"-:(": {}}}, CheckpointError, "regular expression"),
         ({"modules_to_not_convert": "gate"}, CheckpointError, "expected a list of names"),
     ],
 )

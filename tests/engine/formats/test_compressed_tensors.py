@@ -300,3 +300,41 @@ def test_what_is_said_of_zeros() -> None:
     assert get_format(BITMASK).sparsity is None
     written = CompressedTensorsFormat((Group(("Linear",), QuantSpec(4, 32, True)),), ("lm_head",), (), "2:4")
     assert get_format(written.config_entries()["quantization_config"]) == written
+
+
+def old_release(module: str) -> Any:
+    return pytest.importorskip(
+        f"compressed_tensors.compressors.{module}",
+        reason="compressed-tensors 0.14, the last release with this, is not installed (optional oracle)",
+        exc_type=ImportError,
+    )
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (7, 12), (5, 20)])
+def test_bitmasks_are_those_of_the_library(shape: tuple[int, int]) -> None:
+    library = old_release("sparse_compressors.sparse_24_bitmask")
+    dense = sparse(shape, torch.float16)
+    theirs = library.Sparse24BitMaskTensor.from_dense(dense).dict(f"{NAME}.weight")
+    checkpoint_format = get_format(BITMASK)
+    expected = checkpoint_format.tensors(NAME, *shape, bias=False)
+    assert {name: tuple(value.shape) for name, value in theirs.items()} == {
+        name: tensor.shape for name, tensor in expected.items()
+    }
+    assert torch.equal(checkpoint_format.read(theirs, NAME).values, dense)
+    ours = checkpoint_format.write(NAME, PackedWeight(dense))
+    data = {name.rpartition(".")[2]: value for name, value in ours.items()}
+    assert torch.equal(library.Sparse24BitMaskTensor.from_compressed_data(**data).decompress(), dense)
+
+
+def test_the_library_unpacks_our_orders_of_inputs() -> None:
+    library = old_release("quantized_compressors.pack_quantized")
+    from compressed_tensors.quantization import QuantizationArgs
+
+    stored, weights = module(4, (16, 64), 32, False, True)
+    checkpoint_format = get_format(config(symmetric=False, actorder="group"))
+    written = checkpoint_format.write(NAME, checkpoint_format.read(stored, NAME))
+    data = {name.rpartition(".")[2]: value for name, value in written.items()}
+    data["weight_scale"] = data["weight_scale"].float()
+    args = QuantizationArgs(num_bits=4, symmetric=False, strategy="group", group_size=32, actorder="group")
+    found = library.PackedQuantizationCompressor().decompress_weight(data, args)
+    assert np.array_equal(found.numpy(), weights)

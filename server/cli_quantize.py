@@ -48,6 +48,10 @@ class Quantize:
         Literal["gptq", "gptq_v2", "awq", "compressed-tensors"] | None,
         typer.Option(help="[default: gptq for --sym, gptq_v2 for --asym]"),
     ] = None
+    lm_head_bits: Annotated[
+        int | None,
+        typer.Option(metavar="2|3|4|8", help="Round the output head too. [default: it stays as it is]"),
+    ] = None
     dynamic: Annotated[
         str | None,
         typer.Option(metavar="JSON|FILE", help='As in {"pattern": {"bits": 8}, "-:left_out": {}}.'),

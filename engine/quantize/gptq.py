@@ -73,7 +73,7 @@ class GPTQ:
 
     def round(self, module: ToRound, stats: HessianFactor) -> PackedWeight:
         """See Rounder."""
-        how = How(mse=self.mse, exclude=module.exclude, static_groups=self.static_groups)
+        how = How(mse=self.mse, exclude=module.exclude, ranges=module.weight if self.static_groups else None)
         return sweep(module.weight, stats, module.spec, how).packed(module.spec)
 
 

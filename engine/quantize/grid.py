@@ -108,14 +108,19 @@ def round_nearest(
     weight: [rows, K] float. exclude: [rows, K] bool, weights that count for no range and come back
     exactly (to fp16), by ``outliers``. The scales come back in fp16. Raises ScaleOverflowError.
     """
-    size = weight.shape[1] if spec.group_size == -1 else spec.group_size
-    codes, grids = [], []
-    for start in range(0, weight.shape[1], size):
-        group = slice(start, start + size)
-        grid = fit(weight[:, group], spec, mse, None if exclude is None else exclude[:, group])
-        codes.append(grid.codes(weight[:, group]).to(torch.uint8))
-        grids.append(grid)
-    return restore(weight, pack(torch.cat(codes, 1), grids, spec), exclude)
+    rows, cols = weight.shape
+    size = cols if spec.group_size == -1 else spec.group_size
+    whole = cols - cols % size
+    pieces = []
+    for start, stop, width in ((0, whole, size), (whole, cols, cols - whole)):
+        if start < stop:  # whole groups at once, each as a row; then what is left
+            part = weight[:, start:stop].reshape(-1, width)
+            masked = None if exclude is None else exclude[:, start:stop].reshape(-1, width)
+            grid = fit(part, spec, mse, masked)
+            codes = grid.codes(part).to(torch.uint8).view(rows, stop - start)
+            pieces.append((codes, Grid(grid.scales.view(rows, -1), grid.zeros.view(rows, -1), grid.max_code)))
+    packed = pack(torch.cat([codes for codes, _ in pieces], 1), [grid for _, grid in pieces], spec)
+    return restore(weight, packed, exclude)
 
 
 def restore(weight: Tensor, packed: PackedWeight, exclude: Tensor | None) -> PackedWeight:

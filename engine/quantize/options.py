@@ -39,6 +39,7 @@ class QuantizeOptions:
     base: the method that requant and gwq build on. transform: None: the method's own (awq for awq).
     checkpoint_format None: "gptq" (v1) for symmetric, "gptq_v2" for asymmetric weights; "compressed-tensors"
     (sparse-24-bitmask) where weights are only pruned.
+    lm_head_bits None: the output head stays as it is; else it is rounded to nearest.
     calibration None: the text in this package. damping: share of the mean of H's diagonal.
     mse: exponent of the range search, 0: off. group_size -1: one group over each row.
     outlier_percent None: 0.25 for requant, 1 for gwq. gradient_samples: calibration sequences that are
@@ -61,6 +62,7 @@ class QuantizeOptions:
     static_groups: bool = False
     true_sequential: bool = True
     checkpoint_format: CheckpointFormat | None = None
+    lm_head_bits: int | None = None
     dynamic: Mapping[str, Mapping[str, Any]] | None = None
     calibration: str | None = None
     num_samples: int = 128
@@ -103,6 +105,8 @@ class QuantizeOptions:
             raise ConfigError(
                 f"--group-size {self.group_size}: use one of {', '.join(map(str, GROUP_SIZES))}"
             )
+        if self.lm_head_bits not in (None, *BITS):
+            raise ConfigError(f"--lm-head-bits {self.lm_head_bits}: use {_or(BITS)}, or leave it out")
         _check_dynamic(self.dynamic or {})
 
     def _check_choices(self) -> None:
@@ -139,6 +143,10 @@ class QuantizeOptions:
                 raise ConfigError(f"{option} {percent}: must be from 0 to 10")
         if not 0 <= self.smooth_alpha <= 1:
             raise ConfigError(f"--smooth-alpha {self.smooth_alpha}: must be from 0 to 1")
+        if self.smooth_alpha != 0.5 and self.transform != "smoothquant":
+            raise ConfigError(
+                f"--smooth-alpha {self.smooth_alpha}: has no effect without --transform smoothquant"
+            )
         if not (self.mse == 0 or 1 <= self.mse <= 10):
             raise ConfigError(f"--mse {self.mse}: use 0 (off) or an exponent from 1 to 10 (2.4 is usual)")
 
@@ -182,6 +190,8 @@ def _or(values: "tuple[Any, ...] | list[Any]") -> str:
 
 
 def _check_dynamic(dynamic: Mapping[str, Any]) -> None:
+    if not isinstance(dynamic, Mapping):
+        raise ConfigError(f"--dynamic {str(dynamic)[:100]}: expected an object of patterns")
     for pattern, override in dynamic.items():
         where = f"--dynamic {str(pattern)[:100]!r}"
         try:
@@ -191,7 +201,7 @@ def _check_dynamic(dynamic: Mapping[str, Any]) -> None:
         if not isinstance(override, Mapping):
             raise ConfigError(f"{where}: expected an object of bits, group_size and symmetric")
         for key, value in override.items():
-            if value in {"bits": BITS, "group_size": GROUP_SIZES}.get(key, ()):
+            if type(value) is int and value in {"bits": BITS, "group_size": GROUP_SIZES}.get(key, ()):
                 continue
             if key == "symmetric" and isinstance(value, bool):
                 continue

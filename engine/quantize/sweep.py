@@ -9,20 +9,20 @@ from ...kernels.layout import PackedWeight, QuantSpec
 from .grid import Grid, fit, overlay, pack
 from .hessian import HessianFactor
 
-LAZY_BLOCK = 128  # columns whose errors reach the columns after them in one matrix product
+LAZY_BLOCK = 128  # columns whose errors reach the columns after them in one matrix product; it decides ranges
 
 
 @dataclass(frozen=True, slots=True)
 class How:
     """mse: exponent of the range search. exclude: [rows, K] bool, weights that stay exact.
 
-    static_groups: fit every group on the weights as they come. pruned: [rows, K] bool, weights that become
-    zero (symmetric grids only), their error repaid like any other. prune: 2 of each 4 are chosen.
+    ranges: fit every group first, on these weights [rows, K]. pruned: [rows, K] bool, weights that become
+    zero (symmetric grids only), their error repaid like any other. prune: 2 of each 4 are chosen on the way.
     """
 
     mse: float = 0.0
     exclude: Tensor | None = None
-    static_groups: bool = False
+    ranges: Tensor | None = None
     pruned: Tensor | None = None
     prune: bool = False
 
@@ -51,9 +51,9 @@ class Sweep:
 def sweep(weight: Tensor, factor: HessianFactor, spec: QuantSpec | None, how: How) -> Sweep:
     """Round the columns of ``weight`` [rows, K] (not changed) in ``factor``'s order. spec None: only prune.
 
-    A group is fitted when its first column is reached, on weights that hold every error so far: those
-    of the lazy block are added for the columns after it. So the result does not depend on the blocks.
-    Raises ScaleOverflowError.
+    A group is fitted when the lazy block that it begins in is reached, on weights that hold the errors of all
+    blocks before, as in the authors' code and in GPTQModel: with the errors inside the block as well, ranges
+    of 2 bits grow with what earlier columns could not hold. Raises ScaleOverflowError.
     """
     state = _State(weight, factor, spec, how)
     cols = weight.shape[1]
@@ -78,8 +78,8 @@ class _State:
         self.residuals = None if self.exclude is None else torch.zeros_like(self.work)
         self.groups = factor.groups.tolist()
         self.grids: dict[int, Grid] = {}
-        if how.static_groups and spec is not None:
-            self._fit_all(weight, spec)
+        if how.ranges is not None and spec is not None:
+            self._fit_all(how.ranges, spec)
         self.loss = 0.0
 
     def _ordered(self, matrix: Tensor) -> Tensor:
@@ -101,11 +101,12 @@ class _State:
             (stop - start, self.work.shape[1]), dtype=self.work.dtype, device=self.work.device
         )
         diagonal = upper.diagonal()[start:stop].tolist()
+        for col in range(start, stop) if self.spec is not None else ():
+            if self.groups[col] not in self.grids:
+                self._fit(col)
         for col in range(start, stop):
             if self.how.prune and col % 4 == 0:
                 self._choose(col)
-            if self.spec is not None and self.groups[col] not in self.grids:
-                self._fit(col, start, stop, errors)
             error = errors[col - start]
             torch.sub(self.work[col], self._round(col), out=error)
             error /= diagonal[col - start]
@@ -136,19 +137,15 @@ class _State:
             values += residual
         return values
 
-    def _fit(self, col: int, start: int, stop: int, errors: Tensor) -> None:
+    def _fit(self, col: int) -> None:
         """The grid of the group that begins at column ``col``."""
         assert self.spec is not None
-        group = self.groups[col]
-        end = col + 1
+        group, end = self.groups[col], col + 1
         while end < len(self.groups) and self.groups[end] == group:
             end += 1
         current = self.work[col:end]
-        if end > stop:
-            current = current.clone()
-            current[stop - col :] -= self.factor.upper[start:col, stop:end].T @ errors[: col - start]
         masked = None if self.exclude is None else self.exclude[col:end].T
-        if self.pruned is not None:  # for a mask that is yet to come: what it would be by now
+        if self.pruned is not None:  # where the mask is yet to come: what it would be by now
             masked = (self._least(current, col) if self.how.prune else self.pruned[col:end]).T
         self.grids[group] = fit(current.T.contiguous(), self.spec, self.how.mse, masked)
 

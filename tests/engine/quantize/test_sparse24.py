@@ -11,10 +11,13 @@ from layers_to_round import correlated, proxy_loss
 from nybble.engine.errors import ConfigError
 from nybble.engine.formats.registry import format_of, open_tensors
 from nybble.engine.model_files import ModelFiles
+from nybble.engine.quantize.hessian import factorize
 from nybble.engine.quantize.job import quantize
+from nybble.engine.quantize.methods import get_method
 from nybble.engine.quantize.options import QuantizeOptions
 from nybble.engine.quantize.pipeline import ToRound
 from nybble.engine.quantize.sparse24 import Sparse24
+from nybble.engine.quantize.sweep import How, sweep
 from nybble.kernels.layout import PackedWeight, QuantSpec
 from torch import Tensor
 
@@ -101,9 +104,21 @@ def test_the_order_of_methods() -> None:
     in_turn = loss(prune="sparsegpt", joint=False)
     wanda_rounded = loss(prune="wanda")
     assert sparsegpt < 0.6 * min(magnitude, wanda)
-    assert sparsegpt < joint < in_turn
-    assert joint < wanda_rounded < wanda  # rounding under a mask from the original repairs the pruning too
+    assert sparsegpt < joint < 1.2 * sparsegpt
+    assert joint == pytest.approx(in_turn, rel=0.1)  # neither is always better
+    assert joint < wanda_rounded < 0.1 * wanda  # rounding under a mask repairs the pruning too
     assert loss(prune="sparsegpt", transposable=True) > joint  # fewer masks to choose from
+
+
+def test_rounding_under_a_mask_starts_where_you_like() -> None:
+    """From the original or from what pruning left: once the mask stands, both sweeps are the same."""
+    weight, hessian = correlated(16, 160)
+    factor = factorize(hessian, SPEC, 0.01, "none")
+    pruned = sweep(weight, factor, None, How(prune=True)).codes
+    how = How(pruned=pruned == 0, ranges=pruned)
+    a, b = (sweep(start, factor, SPEC, how).packed(SPEC) for start in (weight, pruned))
+    assert torch.equal(a.values, b.values)
+    assert torch.equal(a.values, prune(weight, hessian, joint=False).values)
 
 
 def test_pruned_codes_make_no_range() -> None:
@@ -115,17 +130,14 @@ def test_pruned_codes_make_no_range() -> None:
     assert float(packed.scales.max()) == pytest.approx(2 / 15, rel=1e-3)  # type: ignore[union-attr]
 
 
-def test_fours_are_needed() -> None:
-    options = QuantizeOptions("a", "b", method="sparse24", actorder="none")
-    assert options.symmetric
+def test_contradictions_are_refused() -> None:
     for given, message in (
         ({"symmetric": False}, "--asym: pruned weights need"),
         ({"actorder": "group"}, "--actorder group: sparse24 has no order"),
     ):
+        asked = QuantizeOptions("a", "b", method="sparse24", **given)  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match=message):
-            from nybble.engine.quantize.methods import get_method
-
-            get_method(QuantizeOptions("a", "b", method="sparse24", **given))  # type: ignore[arg-type]
+            get_method(asked)
 
 
 @pytest.mark.parametrize("bits", [4, 16])

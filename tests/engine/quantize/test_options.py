@@ -1,0 +1,64 @@
+"""Options that contradict each other, or that a method would ignore, are refused by name."""
+
+from typing import Any
+
+import pytest
+from nybble.engine.errors import ConfigError
+from nybble.engine.quantize.options import USERS, QuantizeOptions
+from nybble.kernels.layout import QuantSpec
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "rtn", "awq_steps": 3}, "--awq-steps 3: has no effect with --method rtn, only with awq"),
+        ({"prune": "wanda"}, "--prune wanda: has no effect with --method gptq"),
+        ({"method": "awq", "static_groups": True}, "--static-groups True: has no effect with --method awq"),
+        ({"base": "rtn"}, "--base rtn: has no effect with --method gptq, only with requant or gwq"),
+        ({"transform": "rotate"}, "--transform rotate: use none, awq or smoothquant"),
+        ({"smooth_alpha": 1.5}, "--smooth-alpha 1.5: must be from 0 to 1"),
+        ({"smooth_alpha": 0.7}, "--smooth-alpha 0.7: has no effect without --transform smoothquant"),
+        ({"bits": 16}, "--bits 16: use 2, 3, 4 or 8 (16, nothing rounded, is for sparse24)"),
+        ({"method": "sparse24", "bits": 16, "checkpoint_format": "gptq"}, "holds no 2:4 floats"),
+        ({"dynamic": {"(": {}}}, "--dynamic '(': is no regular expression"),
+        ({"dynamic": {"a": {"bits": 5}}}, "--dynamic 'a': bits 5: use bits (2, 3, 4 or 8)"),
+        ({"dynamic": {"a": {"group_size": True}}}, "--dynamic 'a': group_size True"),
+        ({"dynamic": {"a": {"desc": 1}}}, "--dynamic 'a': desc 1"),
+        ({"dynamic": {"a": 4}}, "--dynamic 'a': expected an object"),
+        ({"dynamic": "a.json"}, "--dynamic a.json: expected an object"),
+    ],
+)
+def test_mistakes_name_the_option(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        QuantizeOptions("a", "b", **given)
+    assert message in caught.value.message
+
+
+def test_a_base_may_use_its_options() -> None:
+    QuantizeOptions("a", "b", method="requant", base="awq", awq_steps=5)
+    with pytest.raises(ConfigError, match="--awq-steps 5: has no effect"):
+        QuantizeOptions("a", "b", method="requant", base="rtn", awq_steps=5)
+
+
+def test_every_user_table_entry_is_an_option() -> None:
+    assert set(USERS) <= set(QuantizeOptions.__dataclass_fields__)
+
+
+def test_static_groups_need_no_g_idx() -> None:
+    options = QuantizeOptions("a", "b", actorder="group", static_groups=True)
+    assert options.spec == QuantSpec(4, 128, True, "none")
+    assert QuantizeOptions("a", "b", actorder="group").spec.actorder == "group"
+    assert QuantizeOptions("a", "b", actorder="gar").spec.actorder == "none"
+
+
+@pytest.mark.parametrize(
+    ("given", "storage"),
+    [
+        ({}, "gptq"),
+        ({"symmetric": False}, "gptq_v2"),
+        ({"method": "sparse24", "bits": 16}, "compressed-tensors"),
+        ({"checkpoint_format": "awq"}, "awq"),
+    ],
+)
+def test_the_format_follows(given: dict[str, Any], storage: str) -> None:
+    assert QuantizeOptions("a", "b", **given).storage == storage

@@ -9,8 +9,18 @@ from .options import QuantizeOptions
 from .pipeline import Method, Recipe
 
 # Functions of QuantizeOptions. Those of RECIPES need one pass over the blocks and may be a base of others.
-RECIPES: dict[str, str] = {"rtn": ".rtn:recipe", "gptq": ".gptq:recipe", "awq": ".awq:recipe"}
-METHODS: dict[str, str] = {**RECIPES, "sparse24": ".sparse24:recipe"}
+RECIPES: dict[str, str] = {
+    "rtn": ".rtn:recipe",
+    "gptq": ".gptq:recipe",
+    "awq": ".awq:recipe",
+    "yaqa": ".yaqa:recipe",
+}
+METHODS: dict[str, str] = {
+    **RECIPES,
+    "sparse24": ".sparse24:recipe",
+    "requant": ".requant:method",
+    "gwq": ".gwq:method",
+}
 
 
 def get_method(options: QuantizeOptions) -> Method:

@@ -1,0 +1,229 @@
+"""YAQA (arXiv 2505.22988): adaptive rounding of a weight by both sides of its curvature.
+
+With the Fisher information of W [m, n] as H_O x H_I (``kronecker.py``), the model's divergence grows with
+tr(E^T H_O E H_I) for E = W - Q. Let H = L D L^T with L unit lower triangular, and round, for every (i, j),
+
+    Q_ij = round(W_ij + (L_O^T E L_I - E)_ij),
+
+which asks of E only what is below and to the right of (i, j). The loss then is sum r_ij^2 D_O[i] D_I[j],
+where r is what rounding left. H_O = I gives GPTQ, from right to left.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...kernels.layout import PackedWeight, QuantSpec
+from ..errors import ConfigError
+from ..model.config import ModelConfig
+from . import gradients
+from .grid import fit, restore
+from .hessian import FactorizationError
+from .kronecker import Sketches, sketch_bytes
+from .options import QuantizeOptions
+from .pipeline import Recipe, ToRound
+from .rounding import matrix_bytes
+from .store import held_bytes
+from .work import Work
+
+TILE = 128
+SHRINKAGE_STEPS = 4  # each ten times the one before, until a factor is positive definite
+
+
+def unit_lower(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+    """L unit lower triangular, D [n], L diag(D) L^T = ``matrix``; None where it is not positive definite."""
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed):
+        return None
+    diagonal = lower.diagonal()
+    return lower / diagonal, diagonal.square()
+
+
+def round_two_sided(
+    weight: Tensor,
+    factors: tuple[Tensor, Tensor],
+    spec: QuantSpec,
+    mse: float = 0.0,
+    exclude: Tensor | None = None,
+) -> PackedWeight:
+    """Quantize ``weight`` [m, n] (not changed). factors: L_O [m, m], L_I [n, n], unit lower triangular.
+
+    A group of at most TILE inputs is fitted when it is reached, on weights that hold every error below and to
+    the right of its tile (ours; the paper's quantizers have no groups); a wider one on the weights as they
+    come. exclude: [m, n] bool, weights that count for no range and make no error; what the recursion made of
+    them comes back exactly (to fp16) by ``outliers``. Raises ScaleOverflowError.
+    """
+    return _TwoSided(weight, factors, spec, mse, exclude).run()
+
+
+class _TwoSided:
+    def __init__(
+        self,
+        weight: Tensor,
+        factors: tuple[Tensor, Tensor],
+        spec: QuantSpec,
+        mse: float,
+        exclude: Tensor | None,
+    ) -> None:
+        self.weight, self.spec, self.mse, self.exclude = weight, spec, mse, exclude
+        self.lower_out, self.lower_in = factors
+        rows, cols = weight.shape
+        self.size = cols if spec.group_size == -1 else spec.group_size
+        self.error = torch.zeros_like(weight)
+        self.codes = torch.zeros_like(weight)
+        shape = (rows, spec.num_groups(cols))
+        self.scales, self.zeros = weight.new_empty(shape), weight.new_empty(shape)
+        if self.size > TILE:
+            self._fit(weight, slice(0, rows), slice(0, cols))
+
+    def run(self) -> PackedWeight:
+        """Tiles from the bottom to the top of each block of columns, blocks from right to left."""
+        rows, cols = self.weight.shape
+        for start in reversed(range(0, cols, TILE)):
+            across = slice(start, min(start + TILE, cols))
+            mixed = self.error[:, across.stop :] @ self.lower_in[across.stop :, across]
+            for top in reversed(range(0, rows, TILE)):
+                down = slice(top, min(top + TILE, rows))
+                below = self.lower_out[down.stop :, down].T @ mixed[down.stop :]
+                target = self.weight[down, across] + mixed[down] + below
+                if self.size <= TILE:
+                    self._fit(target, down, across)
+                self._tile(down, across, target, mixed)
+        return self._packed()
+
+    def _fit(self, weight: Tensor, down: slice, across: slice) -> None:
+        """Grids of the groups in ``across`` for ``weight``, which stands at [down, across]."""
+        for start in range(across.start, across.stop, self.size):
+            stop = min(start + self.size, across.stop)
+            columns = weight[:, start - across.start : stop - across.start]
+            masked = None if self.exclude is None else self.exclude[down, start:stop]
+            grid = fit(columns, self.spec, self.mse, masked)
+            self.scales[down, start // self.size] = grid.scales[:, 0]
+            self.zeros[down, start // self.size] = grid.zeros[:, 0]
+
+    def _tile(self, down: slice, across: slice, target: Tensor, mixed: Tensor) -> None:
+        """Round one tile, anti-diagonal by anti-diagonal, whose entries do not depend on each other.
+
+        target: the weights and what the outside asks for. mixed: E L_I of what is done, then the tile's too.
+        Rows are mirrored, so that an anti-diagonal is a diagonal: its rows and columns are then slices.
+        """
+        group = torch.arange(across.start, across.stop) // self.size
+        weight, scales, zeros = (
+            matrix.flip(0)
+            for matrix in (self.weight[down, across], self.scales[down, group], self.zeros[down, group])
+        )
+        keep = None if self.exclude is None else self.exclude[down, across].flip(0)
+        rows, cols = weight.shape
+        lower_in, upper_out = (
+            self.lower_in[across, across].contiguous(),
+            self.lower_out[down, down].flip(0, 1),
+        )
+        # state[0]: the targets, but for what rows below ask, which is in asked [c, r]; state[1]: E L_I.
+        state = torch.stack([target.flip(0), mixed[down].flip(0)])
+        asked = weight.new_zeros(cols, rows)
+        codes, errors = torch.empty_like(weight), torch.empty_like(weight)
+        max_code = 2**self.spec.num_bits - 1
+        for step in range(rows + cols - 1):
+            first, last = max(0, step - cols + 1), min(rows, step + 1)
+            place = cols - 1 - step + first
+            a, j = slice(first, last), slice(place, place + last - first)
+            wanted = state[0, a, j].diagonal() + asked[j, a].diagonal()
+            scale, zero = scales[a, j].diagonal(), zeros[a, j].diagonal()
+            code = (torch.round(wanted / scale) + zero).clamp_(0, max_code)
+            value = scale * (code - zero)
+            if keep is not None:
+                value += keep[a, j].diagonal() * (wanted - value).to(torch.float16).to(value.dtype)
+            error = weight[a, j].diagonal() - value
+            codes[a, j].diagonal().copy_(code)
+            errors[a, j].diagonal().copy_(error)
+            state[:, a] += error[:, None] * lower_in[j]
+            asked[j] += state[1, a, j].diagonal()[:, None] * upper_out[a]
+        self.codes[down, across], self.error[down, across] = codes.flip(0), errors.flip(0)
+        mixed[down] = state[1].flip(0)
+
+    def _packed(self) -> PackedWeight:
+        zeros = None if self.spec.symmetric else self.zeros.to(torch.uint8)
+        packed = PackedWeight(self.codes.to(torch.uint8), self.spec, self.scales.to(torch.float16), zeros)
+        return restore(self.weight - self.error, packed, self.exclude)
+
+
+@dataclass(slots=True, eq=False)
+class YAQA:
+    """shrinkage: share of the identity in both factors, once their mean diagonals are 1.
+
+    activations: share of the Hessian of the inputs, as they come from the blocks already quantized, in H_I.
+    It is ours: a sketch of few sequences is noisy, and knows only the original model. seed: of the tokens
+    drawn.
+    """
+
+    shrinkage: float = 0.1
+    activations: float = 0.5
+    mse: float = 0.0
+    seed: int = 0
+    _sketches: Sketches | None = field(default=None, init=False)
+    statistics = (
+        "a sketch of the Fisher information, [out, out] and [in, in] in fp32 for every linear at once"
+    )
+    needs_inputs = True
+    rows_independent = False
+
+    def settings(self) -> dict[str, object]:
+        """See Rounder."""
+        return {
+            "shrinkage": self.shrinkage,
+            "activation_share": self.activations,
+            "mse": self.mse,
+            "sketch": "B",
+        }
+
+    def peak_bytes(self, config: ModelConfig, num_tokens: int) -> int:
+        """The sketch's pass over the model with its sums, or six [K, K] and weights while rounding."""
+        sketching = gradients.peak_bytes(config, num_tokens) + held_bytes(sketch_bytes(config))
+        return max(sketching, matrix_bytes(config, squares=6, weights=8))
+
+    def begin(self, work: Work) -> None:
+        """Sketch the whole model."""
+        self._sketches = Sketches(work.folder / "yaqa")
+        self._sketches.gather(work, self.seed)
+
+    def prepare(self, hessian: Tensor | None, spec: QuantSpec) -> Tensor:
+        """See Rounder."""
+        assert hessian is not None
+        if not bool(torch.isfinite(hessian).all()):
+            raise FactorizationError("the calibration's activations are not finite")
+        return hessian
+
+    def round(self, module: ToRound, stats: Tensor) -> PackedWeight:
+        """See Rounder."""
+        assert self._sketches is not None
+        outputs, inputs = map(_unit_diagonal, self._sketches(module.name))
+        inputs.lerp_(_unit_diagonal(stats), self.activations)
+        factors = _shrunk_factor(outputs, self.shrinkage), _shrunk_factor(inputs, self.shrinkage / 2)
+        return round_two_sided(module.weight, factors, module.spec, self.mse, module.exclude)
+
+
+def _unit_diagonal(matrix: Tensor) -> Tensor:
+    """Scaled to a mean diagonal of 1; zeros, where nothing was seen, become the identity."""
+    mean = float(matrix.diagonal().mean())
+    return matrix / mean if mean > 0 else torch.eye(len(matrix))
+
+
+def _shrunk_factor(matrix: Tensor, share: float) -> Tensor:
+    """L of (1 - share) ``matrix`` + share I, the share raised until it is positive definite."""
+    eye = torch.eye(len(matrix), dtype=matrix.dtype)
+    for step in range(SHRINKAGE_STEPS):
+        found = unit_lower(torch.lerp(matrix, eye, min(1.0, share * 10**step)))
+        if found is not None:
+            return found[0]
+    return eye
+
+
+def recipe(options: QuantizeOptions) -> Recipe:
+    """--method yaqa."""
+    options.refuse_actorder("it rounds from the last input to the first")
+    if options.transform not in (None, "none"):
+        raise ConfigError(
+            f"--transform {options.transform}: yaqa's sketch is of the weights as they are; use none, or gptq"
+        )
+    return Recipe(YAQA(options.shrinkage, mse=options.mse, seed=options.seed), None, options.true_sequential)

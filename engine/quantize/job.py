@@ -19,13 +19,17 @@ from ..documents import read_text
 from ..errors import ConfigError
 from ..formats.base import Format
 from ..formats.overlay import FILE, is_extra
+from ..formats.safetensors_files import SafetensorsFiles
 from ..hardware import available_memory
+from ..model.plan import LM_HEAD
 from ..model_files import resolve_model
 from ..tokenizer import Tokenizer
 from .calibrate import Calibration, load_calibration
+from .head import describe_head, head_spec, quantize_head, with_head
 from .methods import get_method
 from .options import QuantizeOptions
 from .pipeline import Method
+from .provenance import KEY, describe, provenance
 from .results import QuantizedModule, Stage
 from .scratch import Scratch
 from .source import TARGET, Source
@@ -41,9 +45,10 @@ _REWRITTEN = ("config.json", "quantize_config.json")
 
 @dataclass(slots=True)
 class Tally:
-    """What became of the modules. dense: module -> why it stays dense."""
+    """What became of the modules. dense: module -> why it stays so; done: tensors of the original."""
 
     dense: dict[str, str]
+    done: set[str] = field(default_factory=set)
     modules: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     num_weights: int = 0
@@ -81,7 +86,9 @@ def quantize(options: QuantizeOptions, progress: Progress, log: Log) -> dict[str
         raise ConfigError(f"OUT {out}: must be neither MODEL, nor inside it, nor around it; choose another")
     with Source(folder) as source:
         specs, dense = choose_modules(source, options)
-        names = [name for module in specs for name in _longest_names(module)]
+        head = head_spec(source, options)
+        log(describe_head(source, head))
+        names = [name for module in (*specs, LM_HEAD) for name in _longest_names(module)]
         with CheckpointWriter(out, [*names, *source.files], options.overwrite) as writer:
             calibration = _calibration(options, method, source, log)
             _refuse_memory(method.peak_bytes(source.config, _tokens(calibration)))
@@ -89,7 +96,13 @@ def quantize(options: QuantizeOptions, progress: Progress, log: Log) -> dict[str
                 work = Work(source, specs, calibration, scratch.folder, progress, log, Ops.resolve(TARGET))
                 stage = method.run(work)
                 meta = _provenance(options, method, calibration)
-                tally = _write(stage, work, writer, storage_for(options, stage, dense, meta), dense)
+                storage = with_head(storage_for(options, stage, dense, meta), head)
+                tally = _write(stage, work, writer, storage, dense)
+                if head is not None:
+                    _add(quantize_head(source, head, options.mse), work, writer, storage, tally)
+                _add_rest(source.files, writer, tally.done)
+                origin = provenance(options, method.settings(), calibration, source)
+                _copy_files(source, writer, storage, origin)
                 writer.commit()
         return {"out": str(out), "seconds": time.monotonic() - started} | _summary(
             source, writer, tally, meta
@@ -168,28 +181,36 @@ def _refuse_memory(needed: int) -> None:
 def _write(
     stage: Stage, work: Work, writer: CheckpointWriter, storage: Format, dense: dict[str, str]
 ) -> "Tally":
-    """The whole checkpoint, one block in memory; then the other files."""
-    tally, files = Tally(dense), work.source.files
-    written: set[str] = set()
+    """What is quantized, or changed to that end; one block in memory."""
+    tally = Tally(dense)
     for block in stage:
         for module in block.modules:
-            tensors = {}
-            if module.weight is not None:
-                dtype = files.get(f"{module.name}.weight").dtype
-                tensors = _stored(storage, module.name, module.weight, dtype)
-            for name, tensor in tensors.items():
-                writer.add(name, tensor, FILE if is_extra(name) else None)
-            if tensors:
-                written.add(f"{module.name}.weight")
-            tally.count(module, tensors.values())
+            _add(module, work, writer, storage, tally)
         for name, tensor in block.dense.items():
-            writer.add(name, tensor.to(files.get(name).dtype))
-            written.add(name)
-    for name in files:
-        if name not in written:
-            writer.add(name, files.get(name))
-    _copy_files(work.source, writer, storage)
+            writer.add(name, tensor.to(work.source.files.get(name).dtype))
+            tally.done.add(name)
     return tally
+
+
+def _add(
+    module: QuantizedModule, work: Work, writer: CheckpointWriter, storage: Format, tally: Tally
+) -> None:
+    tensors: dict[str, Tensor] = {}
+    if module.weight is not None:
+        dtype = work.source.files.get(f"{module.name}.weight").dtype
+        tensors = _stored(storage, module.name, module.weight, dtype)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor, FILE if is_extra(name) else None)
+    if tensors:
+        tally.done.add(f"{module.name}.weight")
+    tally.count(module, tensors.values())
+
+
+def _add_rest(files: SafetensorsFiles, writer: CheckpointWriter, done: set[str]) -> None:
+    """Everything else, as it is stored."""
+    for name in files:
+        if name not in done:
+            writer.add(name, files.get(name))
 
 
 def _stored(storage: Format, name: str, weight: PackedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -202,12 +223,12 @@ def _stored(storage: Format, name: str, weight: PackedWeight, dtype: torch.dtype
         raise ConfigError(f"--checkpoint-format: {error}") from error
 
 
-def _copy_files(source: Source, writer: CheckpointWriter, storage: Format) -> None:
+def _copy_files(source: Source, writer: CheckpointWriter, storage: Format, origin: dict[str, Any]) -> None:
     folder, entries = source.model.folder, storage.config_entries()
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name not in _REWRITTEN and not _WEIGHT_FILES.fullmatch(path.name):
             writer.add_file(path)
-    writer.add_json("config.json", source.model.config | entries)
+    writer.add_json("config.json", source.model.config | entries | {KEY: origin})
     if "quantization_config" in entries:
         writer.add_json("quantize_config.json", entries["quantization_config"])
 
@@ -216,13 +237,7 @@ def _provenance(options: QuantizeOptions, method: Method, calibration: Calibrati
     meta: dict[str, Any] = {"quantizer": [f"nybble:{__version__}"], "method": options.method}
     meta |= method.settings()
     if calibration is not None:
-        meta["calibration"] = {
-            "name": calibration.name,
-            "sha256": calibration.sha256,
-            "sequences": len(calibration.sequences),
-            "tokens": calibration.num_tokens,
-            "seed": options.seed,
-        }
+        meta["calibration"] = describe(calibration) | {"seed": options.seed}
     return meta
 
 

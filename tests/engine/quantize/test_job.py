@@ -201,7 +201,9 @@ def test_everything_else_is_copied(make_model: Any, tmp_path: Path) -> None:
     assert sorted(p.name for p in out.parent.iterdir()) == ["out"]
     config, original = (json.loads((f / "config.json").read_text()) for f in (out, folder))
     block = config.pop("quantization_config")
+    origin = config.pop("provenance")
     assert config == original
+    assert (origin["method"], origin["options"]["symmetric"]) == ("gptq", False)
     assert json.loads((out / "quantize_config.json").read_text()) == block
     assert (block["bits"], block["group_size"], block["sym"]) == (4, 32, False)
     assert (block["quant_method"], block["checkpoint_format"]) == ("gptq", "gptq_v2")
@@ -243,7 +245,10 @@ def test_half_precision_originals(make_model: Any, tmp_path: Path) -> None:
         ({"seq_len": 1}, "--seq-len 1"),
         ({"calibration": "no/such/file"}, "--calibration no/such/file: cannot be read"),
         ({"method": "rtn", "calibration": "no/such/file"}, "--calibration no/such/file: cannot be read"),
-        ({"checkpoint_format": "bnb"}, "--checkpoint-format bnb: use gptq, gptq_v2, awq or compressed-tensors"),
+        (
+            {"checkpoint_format": "bnb"},
+            "--checkpoint-format bnb: use gptq, gptq_v2, awq or compressed-tensors",
+        ),
         ({"model": "no/such/model"}, "model 'no/such/model'"),
     ],
 )

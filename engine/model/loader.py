@@ -54,12 +54,12 @@ class LayerKernel:
 class LoadReport:
     """What a load did. ``weight_bytes``: all weights in their kernels' layouts.
 
-    ``warnings``: modules that are not what the checkpoint says, and how they are served.
+    ``notes``: modules that are not served as the checkpoint says, and how they are.
     """
 
     layers: tuple[LayerKernel, ...]
     weight_bytes: int
-    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def main_kernel(self) -> str:
@@ -70,12 +70,11 @@ class LoadReport:
         return max(totals, key=lambda name: totals[name])
 
     def lines(self) -> list[str]:
-        """The warnings; a line per kernel, form of weights and set of reasons: how many layers, examples."""
+        """The notes; a line per kernel, form of weights and set of reasons: how many layers, examples."""
         groups: dict[tuple[str, str, Refusals], list[str]] = {}
         for layer in self.layers:
             groups.setdefault((layer.kernel, spec_text(layer.spec), layer.refused), []).append(layer.slot)
-        warnings = [f"warning: {warning}" for warning in self.warnings]
-        return warnings + [_line(*key, slots) for key, slots in groups.items()]
+        return list(self.notes) + [_line(*key, slots) for key, slots in groups.items()]
 
     def details(self) -> list[str]:
         """One line per layer."""
@@ -184,10 +183,11 @@ def _load_linear(
         else load_part(files, checkpoint_format, slot, part)
         for part in slot.parts
     ]
+    notes: list[str] = []
     if slot.name == LM_HEAD and round_head is not None:
-        parts = [round_head(part) if part.spec is None else part for part in parts]
-    warnings = [
-        f"{part.name}: the checkpoint says 2:4, but {reason}; {slot.name} is served without that"
+        parts, notes = _rounded_head(parts, round_head)
+    notes += [
+        f"warning: {part.name}: the checkpoint says 2:4, but {reason}; {slot.name} is served without that"
         for part, weight in zip(slot.parts, parts, strict=True)
         if checkpoint_format.sparsity == "2:4" and checkpoint_format.spec(part.name) is not None
         if (reason := weight.why_not_24()) is not None
@@ -199,7 +199,20 @@ def _load_linear(
         LayerKernel(slot.name, choice.name, choice.refused, weight.spec, weight.values.numel())
         for choice, weight in zip(linear.choices, fused, strict=True)
     ]
-    return linear, layers, warnings
+    return linear, layers, notes
+
+
+def _rounded_head(parts: list[PackedWeight], round_head: RoundHead) -> tuple[list[PackedWeight], list[str]]:
+    """The output head and what became of it."""
+    (head,) = parts
+    if head.spec is not None:
+        stored = spec_text(head.spec)
+        return parts, [f"warning: --lm-head-bits has no effect: the output head is stored as {stored}"]
+    rounded = round_head(head)
+    stored = str(head.values.dtype).removeprefix("torch.")
+    return [rounded], [
+        f"output head: stored as {stored}, rounded to {spec_text(rounded.spec)} (--lm-head-bits)"
+    ]
 
 
 def load_part(files: SafetensorsFiles, checkpoint_format: Format, slot: Slot, part: Part) -> PackedWeight:
@@ -244,7 +257,7 @@ def load_model(
     slots = weight_plan(model_config)
     weights: Weights = {}
     layers: list[LayerKernel] = []
-    warnings: list[str] = []
+    notes: list[str] = []
     with open_tensors(folder, checkpoint_format) as files:
         problems = find_problems(slots, checkpoint_format, files.tensors)
         if problems:
@@ -258,12 +271,12 @@ def load_model(
                     files, checkpoint_format, slot, chosen, table, round_head
                 )
                 layers += kernels
-                warnings += found
+                notes += found
             else:
                 weights[slot.name] = tensor = _load_tensor(files, slot, chosen)
                 table = tensor if slot.kind == "embedding" else table
     sizes = [w.numel() * w.element_size() if isinstance(w, Tensor) else w.nbytes for w in weights.values()]
-    report = LoadReport(tuple(layers), sum(sizes), tuple(warnings))
+    report = LoadReport(tuple(layers), sum(sizes), tuple(notes))
     for line in ["", *report.lines()]:
         progress("weights", len(slots), len(slots), line)
     return LoadedModel(model_config, weights, report, chosen, checkpoint_format)

@@ -113,7 +113,7 @@ def test_check_says_what_loading_does(cell: str, tmp_path: Path) -> None:
         report = check_model(tmp_path / "model", EngineConfig(str(tmp_path / "model"), "cpu", **options))
         loaded = load(tmp_path / "model", **options).report
         assert report.problems == []
-        assert loaded.warnings == ()
+        assert loaded.notes == ()
         assert [line for line in report.kernels if "order" not in line] == [
             line for line in loaded.lines() if "order" not in line
         ]
@@ -147,10 +147,10 @@ def test_a_module_that_is_not_what_the_checkpoint_says_is_named_and_served(tmp_p
     lines: list[str] = []
     config = EngineConfig(str(tmp_path / "model"), "cpu", "float16", cpu_activations="int8")
     report = load_model(ModelFiles(tmp_path / "model"), config, lambda *call: lines.append(call[3])).report
-    (warning,) = report.warnings
-    assert warning.startswith(f"{liar}: the checkpoint says 2:4, but row 21 has ")
+    (warning,) = report.notes
+    assert warning.startswith(f"warning: {liar}: the checkpoint says 2:4, but row 21 has ")
     assert "weights in inputs 40 to 43; model.layers.1.self_attn.qkv_proj is served without" in warning
-    assert f"warning: {warning}" in lines
+    assert warning in lines
     sparse = {layer.slot for layer in report.layers if layer.kernel == "cpu-int8-24"}
     assert "model.layers.1.self_attn.qkv_proj" not in sparse
     assert greedy(tmp_path / "model", cpu_kernels="auto") == greedy_of_transformers(transformers_model(plain))

@@ -18,7 +18,9 @@ from nybble.engine.model.decoder import Decoder, causal_attend
 from nybble.engine.model.layers import Linear
 from nybble.engine.model.loader import LoadedModel, load_model
 from nybble.engine.model_files import ModelFiles
+from nybble.engine.quantize.grid import round_nearest
 from nybble.kernels.dispatch import Ops
+from nybble.kernels.layout import PackedWeight, QuantSpec
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -322,3 +324,28 @@ def test_loading_holds_the_model_plus_one_module(tmp_path: Path) -> None:
     one_module = 3 * hidden * hidden * (2 + 2 + 4 + 4 + 2)  # qkv: read, fused, fp32, its copy, packed
     assert weights > 80 << 20
     assert peak < weights + 2 * one_module, (peak, weights, one_module)
+
+
+def test_rounding_the_output_head_is_said(tmp_path: Path) -> None:
+    def round_head(head: PackedWeight) -> PackedWeight:
+        return round_nearest(head.dequantize(), QuantSpec(8, 32, symmetric=True))
+
+    def notes(folder: Path) -> tuple[str, ...]:
+        config = EngineConfig(str(folder), "cpu", "float32")
+        loaded = load_model(ModelFiles(folder), config, lambda *_: None, round_head=round_head)
+        assert loaded.report.lines()[: len(loaded.report.notes)] == list(loaded.report.notes)
+        return loaded.report.notes
+
+    stored, _ = quantized(GPTQ, {})
+    folder = write_checkpoint(tmp_path / "a", stored, GPTQ)
+    assert notes(folder) == (
+        "output head: stored as float32, rounded to 8-bit group 32 sym (--lm-head-bits)",
+    )
+    made = by_hand.make_module(np.random.default_rng(0), 4, (80, 64), 32, True, False)
+    del stored["lm_head.weight"]
+    for kind, value in by_hand.store(made, "gptq").items():
+        stored[f"lm_head.{kind}"] = torch.from_numpy(np.ascontiguousarray(value))
+    folder = write_checkpoint(tmp_path / "b", stored, GPTQ | {"lm_head": True})
+    assert notes(folder) == (
+        "warning: --lm-head-bits has no effect: the output head is stored as 4-bit group 32 sym",
+    )

@@ -62,6 +62,13 @@ class Launch:
             bn //= 2
         return Launch(self.kernel, self.BM, bn, min(self.warps, max(4, bn // 16)), self.stages, self.programs)
 
+    def scales_weights(self, group: int) -> bool:
+        """Whether weights are scaled, which rounds them, since scaling each group's sums would cost more.
+
+        ``group``: inputs that share a scale, 0 for all of a row.
+        """
+        return 0 < group < 2 * self.BM or (self.kernel == "tile" and group in (32, 64))
+
     def splits(self, machine: Machine, tiles: int, steps: int) -> int:
         """Into how many parts K is split, none of them empty.
 

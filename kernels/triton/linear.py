@@ -21,7 +21,7 @@ class LowBitKernel:
 
     def refuses(self, target: Target, *, weight: WeightTraits) -> str | None:
         """Why it cannot take the weight, or None."""
-        if torch.device(target.device).type != "cuda":
+        if target.is_cpu:
             return f"runs on a GPU, not on {target.device}"
         if weight.spec is None:
             return "takes quantized weights only"

@@ -92,18 +92,13 @@ class LowBitLinear:
         )
         constants: dict[str, Any] = {
             "BITS": w.bits, "GROUP": w.group, "ZEROS": w.zeros is not None, "SPARSE": overlay is not None,
-            "SCALE_WEIGHTS": self._scales_weights(launch), "BM": launch.BM, "BN": launch.BN,
+            "SCALE_WEIGHTS": launch.scales_weights(w.group), "BM": launch.BM, "BN": launch.BN,
             "STAGES": launch.stages, "num_warps": launch.warps, "num_stages": launch.stages,
         }  # fmt: skip
         if launch.kernel == "mma":
             mma_linear[tiles_n, splits, tiles_m](*arguments, **constants, WARPS=launch.warps)
         else:
             tile_linear[tiles_n * tiles_m, splits](*arguments, **constants, ASM=self._machine.is_cuda)
-
-    def _scales_weights(self, launch: Launch) -> bool:
-        """Where scaling each group's sums would cost more than scaling its weights."""
-        group = self.weight.group
-        return 0 < group < 2 * launch.BM or (launch.kernel == "tile" and group in (32, 64))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight as a matrix [out_features, K] of ``dtype``, its inputs arranged."""

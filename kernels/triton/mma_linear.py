@@ -140,7 +140,7 @@ def mma_linear(
     if SPARSE:
         sparse = _sparse_sum(x, starts, values, rows, cols, pn, pm, splits, M, K, BM, BN, WARPS)
         acc += gl.convert_layout(sparse, mma_layout(WARPS), assert_trivial=True)
-    LO: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])
+    LO: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [1, WARPS], [0, 1])
     acc = gl.convert_layout(acc, LO)
     n = gl.arange(0, BN, gl.SliceLayout(1, LO))
     m = gl.arange(0, BM, gl.SliceLayout(0, LO))

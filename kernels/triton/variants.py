@@ -1,12 +1,15 @@
 """What is compiled ahead of time to prove the kernels without a GPU: each kernel as it is launched.
 
-``kernels/triton/launch.py`` makes the launches; a variant states one, and what its machine code must show.
+The launches are those of ``launch``; a variant states one, and what its machine code must show.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
+from .launch import Launch, Machine, choose
+
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
+_MATRIX = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,68 +39,81 @@ class Variant:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-_HMMA = {
-    "sm_80": "HMMA.16816", "sm_86": "HMMA.16816", "sm_89": "HMMA.16816", "sm_90": "HMMA.16816",
-    "sm_100": "HMMA.16816",
-}  # fmt: skip
-_TILE_MMA = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """A kind of weight."""
+
+    bits: int = 4
+    dtype: str = "fp16"
+    group: int = 128
+    zeros: bool = False
+    sparse: bool = False
+
+    def __str__(self) -> str:
+        words = [f"w{self.bits}", self.dtype]
+        words += [f"g{self.group}"] * (self.group != 128) + ["asym"] * self.zeros + ["sparse"] * self.sparse
+        return "-".join(words)
 
 
-def _signature(dtype: str, scales: str = "fp16") -> dict[str, str]:
-    return {
-        "x": f"*{dtype}", "words": "*i32", "scales": f"*{scales}", "zeros": "*u8", "bias": "*fp32",
-        "starts": "*i32", "values": f"*{dtype}", "rows": "*u8", "cols": "*i16",
-        "out": f"*{dtype}", "partial": "*fp32", "locks": "*i32",
-        "M": "i32", "N": "i32", "K": "i32", "splits": "i32", "num_bias": "i32",
-    }  # fmt: skip
-
-
-def _linear(name: str, targets: tuple[str, ...], dtype: str, budget: float, **given: Any) -> Variant:
-    """A variant of one of the linear kernels. ``given``: constants that differ from a 4-bit decode's."""
-    gluon = given.pop("gluon", True)
-    warps = given.pop("warps", 4)
-    constants: dict[str, Any] = {
-        "BITS": 4, "GROUP": 128, "ZEROS": False, "SPARSE": False, "SCALE_WEIGHTS": False, "BM": 8,
-        "BN": 64, "STAGES": 4,
-    } | given  # fmt: skip
-    decode = constants["BM"] <= 64
-    constants |= {"WARPS": warps} if gluon else {"ASM": targets[0].startswith("sm")}
-    bits = constants["BITS"] + (16 + constants["BITS"] * constants["ZEROS"]) / (constants["GROUP"] or 4096)
-    return Variant(
-        name,
-        "mma_linear:mma_linear" if gluon else "tile_linear:tile_linear",
-        targets,
-        _signature(dtype),
-        constants,
-        warps,
-        constants["STAGES"],
-        _HMMA if gluon else _TILE_MMA,
-        decode,
-        constants["BN"] * 128 / (32 * warps),
-        budget,
-        bits,
-    )
+# Instructions per weight in the main loop, at most, by tokens of a tile: what is seen, and a little more.
+_BUDGET = {8: 2.6, 16: 2.6, 32: 3.2, 64: 6.0, 128: 8.0}
+_SOME = ("sm_80", "sm_90", "gfx942")
 
 
 def variants() -> list[Variant]:
-    """All of them."""
-    mma_sync = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
-    found = []
+    """All of them: 4 bits at every number of tokens; every bits and type; other kinds on some targets."""
+    plain = _Kind()
+    found = [v for tokens in _BUDGET for v in _launched(plain, tokens)]
     for dtype in ("fp16", "bf16"):
-        for bits, budget in ((2, 2.6), (3, 2.9), (4, 2.7), (8, 3.3)):
-            found.append(_linear(f"decode-w{bits}-{dtype}", mma_sync, dtype, budget, BITS=bits, BM=8))
-        found += [
-            _linear(f"decode-w4-{dtype}-asym-g32", mma_sync, dtype, 3.6, GROUP=32, ZEROS=True),
-            _linear(f"decode-w4-{dtype}-wide", mma_sync, dtype, 2.3, BN=128, BM=16),
-            _linear(f"decode-w4-{dtype}-wgmma", ("sm_90",), dtype, 4.0, gluon=False, BM=64, BN=128,
-                    warps=8, STAGES=3),
-            _linear(f"prefill-w4-{dtype}-mma", ("sm_80", "sm_86", "sm_89"), dtype, 12.0, BM=128, BN=128,
-                    warps=8, STAGES=2, SCALE_WEIGHTS=True, ZEROS=True),
-            _linear(f"prefill-w4-{dtype}-wgmma", ("sm_90", "sm_100"), dtype, 8.0, gluon=False, BM=128,
-                    BN=128, warps=8, STAGES=3, SCALE_WEIGHTS=True, ZEROS=True),
-            _linear(f"decode-w4-{dtype}-mfma", ("gfx942",), dtype, 99.0, gluon=False, BM=16, STAGES=2,
-                    ZEROS=True),
-            _linear(f"prefill-w4-{dtype}-mfma", ("gfx942",), dtype, 99.0, gluon=False, BM=64, BN=128,
-                    STAGES=2, SCALE_WEIGHTS=True, ZEROS=True),
-        ]  # fmt: skip
-    return found
+        for bits in (2, 3, 4, 8):
+            found += _launched(_Kind(bits, dtype), 8)
+    found += _launched(_Kind(4, "fp16", 32, zeros=True), 8, _SOME)
+    found += _launched(_Kind(3, "bf16", 64, zeros=True), 8, _SOME)
+    found += _launched(_Kind(2, "fp16", 0, zeros=True), 8, _SOME)
+    found += _launched(_Kind(4, "bf16", sparse=True), 8, _SOME)
+    for kind in (_Kind(4, "bf16", zeros=True), _Kind(3, "fp16", 64, zeros=True)):
+        found += _launched(kind, 64, _SOME) + _launched(kind, 128, _SOME)
+    return list({v.name + str(v.targets): v for v in found}.values())
+
+
+def _launched(kind: _Kind, tokens: int, targets: tuple[str, ...] = TARGETS) -> list[Variant]:
+    """The launches of a large weight, targets with the same one together."""
+    by_launch: dict[Launch, list[str]] = {}
+    for target in targets:
+        launch = choose(Machine("", target, 100), kind.bits, (4096, 4096), tokens)
+        by_launch.setdefault(launch, []).append(target)
+    return [_variant(kind, launch, found) for launch, found in by_launch.items()]
+
+
+def _variant(kind: _Kind, launch: Launch, targets: list[str]) -> Variant:
+    constants = {
+        "BITS": kind.bits, "GROUP": kind.group, "ZEROS": kind.zeros, "SPARSE": kind.sparse,
+        "SCALE_WEIGHTS": launch.scales_weights(kind.group), "BM": launch.BM, "BN": launch.BN,
+        "STAGES": launch.stages,
+    }  # fmt: skip
+    gluon = launch.kernel == "mma"
+    constants |= {"WARPS": launch.warps} if gluon else {"ASM": targets[0].startswith("sm")}
+    signature = {
+        "x": f"*{kind.dtype}", "words": "*i32", "scales": "*fp16", "zeros": "*u8", "bias": "*fp32",
+        "starts": "*i32", "values": f"*{kind.dtype}", "rows": "*u8", "cols": "*i16",
+        "out": f"*{kind.dtype}", "partial": "*fp32", "locks": "*i32",
+        "M": "i32", "N": "i32", "K": "i32", "splits": "i32", "num_bias": "i32",
+    }  # fmt: skip
+    per_group = 16 + kind.bits * kind.zeros
+    # bf16 has three shifts more in a word, 8-bit bf16 two mantissas; scales and zeros cost by the group.
+    extra = 0.3 * (kind.dtype == "bf16") * (2 if kind.bits == 8 else 1)
+    extra += (0.3 + 0.3 * kind.zeros) * (128 / kind.group - 1 if kind.group else 0) + 0.1 * kind.zeros
+    return Variant(
+        name=f"{launch.kernel}-m{launch.BM}-{kind}",
+        kernel=f"{launch.kernel}_linear:{launch.kernel}_linear",
+        targets=tuple(targets),
+        signature=signature,
+        constexprs=constants,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        mma={target: "HMMA.16816" if gluon else _MATRIX[target] for target in targets},
+        decode=launch.BM <= 64,
+        weights=launch.BN * 128 / (32 * launch.warps),
+        budget=_BUDGET[launch.BM] + extra,
+        bits=kind.bits + (per_group / kind.group if kind.group else 0),
+    )

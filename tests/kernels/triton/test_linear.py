@@ -1,0 +1,51 @@
+"""What the kernel takes, and why it refuses."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from nybble.kernels.dispatch import Target, WeightTraits, choose
+from nybble.kernels.layout import PackedWeight, QuantSpec
+from nybble.kernels.triton import linear
+from nybble.kernels.triton.launch import Machine
+
+TRAITS = WeightTraits(64, 128, QuantSpec(4, 128, True), torch.uint8, 1.0)
+CUDA = Target("cuda", torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Machine, "of", staticmethod(lambda device: Machine("H200", "sm_90", 132)))
+
+
+def test_the_weight_is_taken() -> None:
+    assert linear.low_bit.refuses(CUDA, weight=TRAITS) is None
+    assert choose("linear", CUDA, weight=TRAITS).name == "triton-low-bit"
+
+
+@pytest.mark.parametrize(
+    ("target", "traits", "reason"),
+    [
+        (Target("cpu"), TRAITS, "runs on a GPU, not on cpu"),
+        (CUDA, replace(TRAITS, spec=None), "quantized weights only"),
+        (CUDA, replace(TRAITS, spec=QuantSpec(5, 128, True)), "2, 3, 4 or 8 bits, not 5"),
+        (CUDA, replace(TRAITS, whole_zeros=False), "whole numbers"),
+        (replace(CUDA, dtype=torch.float32), TRAITS, "asked for float32"),
+        (CUDA, replace(TRAITS, max_abs=1e5), "fp16 would overflow"),
+    ],
+)
+def test_refusals_say_why(target: Target, traits: WeightTraits, reason: str) -> None:
+    found = linear.low_bit.refuses(target, weight=traits)
+    assert found is not None and reason in found
+
+
+def test_an_old_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Machine, "of", staticmethod(lambda device: Machine("Tesla T4", "sm_75", 40)))
+    assert linear.low_bit.refuses(CUDA, weight=TRAITS) == "has no launches for Tesla T4 (sm_75)"
+
+
+@pytest.mark.parametrize(("zero", "whole"), [(3.0, True), (0.5, False), (-1.0, False), (256.0, False)])
+def test_zero_points_with_fractions_are_seen(zero: float, whole: bool) -> None:
+    codes = torch.zeros(4, 8, dtype=torch.uint8)
+    weight = PackedWeight(codes, QuantSpec(4, 8, False), torch.ones(4, 1), torch.full((4, 1), zero))
+    assert WeightTraits.of(weight).whole_zeros is whole

@@ -101,11 +101,11 @@ def predictions(verdicts: Sequence[Verdict]) -> list[str]:
     lines = ["", "### Predicted decode, 4 bits, groups of 128 (a model, not a measurement)", ""]
     lines += [
         "`scripts/kernel_gate/model.py` states the model: "
-        f"time = {FIXED * 1e6:.1f} us + max(DRAM bytes / copy bandwidth, L2 bytes / L2 bandwidth, the busiest "
-        f"SM's bytes / an SM's rate); that rate is the least of bytes in flight / {LATENCY * 1e9:.0f} ns, the "
-        "SM's share of the issue limit and 64 bytes a clock. Cells: us (share of copy bandwidth; what binds). "
-        "Copy: 4.3 TB/s was measured on an H200, the others are 0.9 of the data sheet. A bound from above: it "
-        "knows no loss in DRAM.",
+        f"time = {FIXED * 1e6:.1f} us + max(DRAM bytes / copy bandwidth, L2 bytes / L2 bandwidth, the "
+        "busiest SM's bytes / an SM's rate); that rate is the least of "
+        f"bytes in flight / {LATENCY * 1e9:.0f} ns, the SM's share of the issue limit and 64 bytes a clock. "
+        "Cells: us (share of copy bandwidth; what binds). Copy: 4.3 TB/s was measured on an H200, the others "
+        "are 0.9 of the data sheet. A bound from above: it knows no loss in DRAM.",
         "",
     ]
     columns = [(target, tokens) for target in PREDICTED for tokens in (1, 16)]

@@ -18,6 +18,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import gluon_emulation
@@ -26,10 +27,20 @@ import ptx
 import torch
 import triton
 import triton.language as tl
+from nybble.kernels.dispatch import Target
 from triton.runtime import interpreter
 
 Handle = interpreter.TensorHandle
 _RAW = {tl.bfloat16: np.dtype(np.uint16)}
+
+
+class InterpretedTarget(Target):
+    """A GPU's place in the dispatch table, whose tensors are on the CPU."""
+
+    @property
+    def is_cpu(self) -> bool:
+        """No: what runs on a GPU is chosen."""
+        return False
 
 
 class OutOfBounds(Exception):
@@ -44,6 +55,7 @@ class _State:
         self.accesses: Counter[str] = Counter()
         self.random = random.Random(0)
         self.order: list[int] = []
+        self.patched: set[Any] = set()  # device functions
 
 
 _STATE = _State()
@@ -80,11 +92,16 @@ _stock_np_dtype = interpreter._get_np_dtype
 
 def _np_dtype(dtype: Any) -> Any:
     scalar = scalar_type(dtype)
+    return np.dtype(np.uint64) if isinstance(scalar, tl.pointer_type) else _scalar_np_dtype(scalar)
+
+
+@cache
+def _scalar_np_dtype(scalar: Any) -> Any:
     if scalar == tl.bfloat16:
         return np.dtype(np.float32)
-    if not isinstance(scalar, tl.pointer_type) and scalar.is_fp8():
+    if scalar.is_fp8():
         raise NotImplementedError("fp8 is not emulated")
-    return _stock_np_dtype(dtype)
+    return _stock_np_dtype(scalar)
 
 
 def _check_handle(self: Any) -> None:
@@ -332,6 +349,14 @@ def _rewrite(self: Any) -> Any:
     return function
 
 
+def _call_device_function(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """As stock, but the language's functions are replaced once for a launch, not for every call."""
+    if self.fn not in _STATE.patched:
+        interpreter._patch_lang(self.fn)
+        _STATE.patched.add(self.fn)
+    return self.rewrite()(*args, **kwargs)
+
+
 def _first_config(self: Any, *args: Any, **kwargs: Any) -> Any:
     """An autotuner's first configuration, for there is nothing to measure."""
     config = self.configs[0]
@@ -343,6 +368,7 @@ _stock_call = interpreter.GridExecutor.__call__
 
 def _call(self: Any, *args: Any, **kwargs: Any) -> None:
     """Hardware does not warn of overflow."""
+    _STATE.patched.clear()
     with np.errstate(all="ignore"):
         _stock_call(self, *args, **kwargs)
 
@@ -370,6 +396,7 @@ def _install() -> None:
     interpreter.interpreter_semantic.builder = builder
     interpreter.GridExecutor._init_args_hst = _init_args
     interpreter.GridExecutor.__call__ = _call
+    interpreter.InterpretedFunction.__call__ = _call_device_function
     interpreter.FunctionRewriter.rewrite_ast = _rewrite
     triton.runtime.autotuner.Autotuner.run = _first_config
     gluon_emulation.install()

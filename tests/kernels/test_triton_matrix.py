@@ -108,7 +108,7 @@ def make(case: Case) -> tuple[PackedWeight, torch.Tensor]:
 
 
 def run(case: Case, target: Target) -> str:
-    """Within a few times what rounding the exact result to its type costs; the same bits again. The kernel."""
+    """Within a few times what rounding the exact result to its type costs; the same bits again. Its name."""
     weight, x = make(case)
     choice = choose("linear", target, weight=WeightTraits.of(weight))
     x = x.to(target.device, target.activation_dtype)

@@ -1,13 +1,17 @@
-"""Linears on the CPU, each alone: ``python benchmarks/cpu_kernels.py [--quick]``.
+"""Linears on the CPU, each alone: ``python benchmarks/cpu_kernels.py [--quick]``; single cells by options.
 
 Per kernel, bit width, number of tokens and threads: time of one linear with its activations' quantization,
-GB/s of packed weights and GOP/s, next to the read bandwidth and the int8 peak that loops of the same
-instructions reach in the same run. Weights rotate over at least 128 MiB, so that none is in a cache. What
-is compared (the plain linear, with 0.5 % of outliers, 2:4) runs in turn, round after round; medians. Writes
-benchmarks/results/cpu-kernels-CPU.json.
+GB/s of packed weights and GOP/s, next to the read bandwidth and the int8 peak of loops of the same
+instructions. Below 8 tokens weights rotate over at least 128 MiB, so that none is in a cache. All variants of
+a cell (the plain linear, with 0.5 % of outliers, 2:4) and its limits run in turn, round after round; medians.
+Writes benchmarks/results/cpu-kernels-ISA-CPU.json, and a PNG with matplotlib.
+
+AVX2 as a CPU without AVX-512 compiles it (16 registers): NUMBA_CPU_NAME=znver3 NUMBA_CPU_FEATURES=+avx,+avx2,
++fma,+f16c,+bmi,+bmi2,+lzcnt,+popcnt,+sse4.2,+sse4.1,+ssse3,+sse3,+cx16,+movbe and --isa avx2.
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import show, write_results
+from cpu_kernels_plot import plot
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -56,44 +61,51 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--isa", choices=("auto", "vnni", "avx2"), default="auto")
     parser.add_argument("--shapes", nargs="+", default=["8192x2048", "4096x14336"])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 8, 16, 64, 128])
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 16, 64, 512])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="one shape, int4 only, few rounds")
+    parser.add_argument("--variants", nargs="+", default=["overlay", "2:4", "exact"], help="beside plain")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a cell, at least 5 rounds")
+    parser.add_argument("--quick", action="store_true", help="one shape, int4 only, a fifth of the time")
     options = parser.parse_args()
     if options.quick:
-        options.shapes, options.rounds = options.shapes[:1], min(options.rounds, 5)
+        options.shapes, options.bits, options.seconds = options.shapes[:1], [4], options.seconds / 5
     isa = instruction_set(Target(cpu_features=cpu_features(), cpu_kernels=options.isa))
     if isa is None:
         parser.error(f"--isa {options.isa}: this CPU lacks its instructions")
     results: list[dict[str, Any]] = []
-    limits = {}
     for threads in options.threads:
         pool = Pool(threads)
-        limits[threads] = {"read_gb_s": read_bandwidth(pool), "int8_gop_s": int8_peak(isa, pool)}
         for shape in options.shapes:
             rows, cols = (int(part) for part in shape.split("x"))
-            for bits in (4,) if options.quick else (2, 3, 4, 8):
+            for bits in options.bits:
                 results += measure(isa, pool, options, (bits, rows, cols))
         pool.close()
-    report(isa, results, limits)
-    written = {"isa": isa, "limits": limits, "rounds": options.rounds, "results": results}
-    print(f"written: {write_results('cpu-kernels', written)}")
+    report(isa, results)
+    written = {"isa": isa, "compiled_for": os.environ.get("NUMBA_CPU_NAME", "host"), "results": results}
+    path = write_results(f"cpu-kernels-{isa}{'-quick' if options.quick else ''}", written)
+    print(f"written: {path}")
+    plot(written, path.with_suffix(".png"))
 
 
 def measure(
     isa: str, pool: Pool, options: argparse.Namespace, shape: tuple[int, int, int]
 ) -> list[dict[str, Any]]:
     """All variants at one bit width and shape, for all numbers of tokens."""
-    weights = make_variants(*shape)
+    weights = {k: v for k, v in make_variants(*shape).items() if k in ("plain", *options.variants)}
+    limits = {"read": read_call(pool), "peak": peak_call(isa, pool)}
     results = []
     for tokens in options.tokens:
         calls = {name: rotated(isa, pool, weight, tokens, name) for name, weight in weights.items()}
-        seconds = interleaved({name: call for name, (call, _) in calls.items()}, options.rounds)
+        timed = {name: call for name, (call, _) in calls.items()} | {
+            k: call for k, (call, _) in limits.items()
+        }
+        seconds = interleaved(timed, options.seconds)
+        reached = {k: work / statistics.median(seconds[k]) / 1e9 for k, (_, work) in limits.items()}
         for name, (_, copies) in calls.items():
             case = Case(name, *shape, tokens, pool.num_threads)
             each = [value / copies for value in seconds[name]]
-            results.append(row(case, weights[name].nbytes, each))
+            results.append(row(case, weights[name].nbytes, each) | reached)
     return results
 
 
@@ -129,7 +141,7 @@ def rotated(
     isa: str, pool: Pool, weight: LowBitWeight, tokens: int, variant: str
 ) -> tuple[Callable[[], None], int]:
     """A call that computes as many copies of a linear as fill ROTATED_BYTES, and their number."""
-    copies = max(2, -(-ROTATED_BYTES // weight.nbytes))
+    copies = max(2, -(-ROTATED_BYTES // weight.nbytes)) if tokens < 8 else 2
     recorder = Recorder(kernels_for(isa), inputs_for(tokens), pool.num_threads)
     out = None
     for _ in range(copies):
@@ -159,10 +171,11 @@ def copied(weight: LowBitWeight) -> LowBitWeight:
     return replace(weight, codes=codes, scales=weight.scales.copy(), overlay=overlay)
 
 
-def interleaved(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in turn, ``rounds`` times; the first round does not count."""
+def interleaved(calls: dict[str, Callable[[], None]], limit: float) -> dict[str, list[float]]:
+    """Seconds of each call in turn, for ``limit`` seconds; the first round does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 1):
+    end = time.perf_counter() + limit
+    while len(seconds["plain"]) < 6 or time.perf_counter() < end:
         for name, call in calls.items():
             start = time.perf_counter()
             call()
@@ -238,34 +251,33 @@ def peak_kernel(isa: int) -> Any:
     return peak
 
 
-def read_bandwidth(pool: Pool) -> float:
-    """GB/s of reading memory: the median of several passes."""
-    memory = np.ones(2 * ROTATED_BYTES + 64, np.uint8)
+def read_call(pool: Pool) -> tuple[Callable[[], None], float]:
+    """A call that reads memory, and its bytes."""
+    memory = np.ones(ROTATED_BYTES + 64, np.uint8)
     out = np.zeros(64 * pool.num_threads, np.uint8)
     start = memory.ctypes.data + -memory.ctypes.data % 64
-    return (
-        2 * ROTATED_BYTES / repeat(read_kernel, [start, 2 * ROTATED_BYTES // 64, out.ctypes.data], pool) / 1e9
-    )
+    call = kernel_call(read_kernel, [start, ROTATED_BYTES // 64, out.ctypes.data], pool)
+    return lambda kept=(memory, out): call(), ROTATED_BYTES
 
 
-def int8_peak(isa: str, pool: Pool) -> float:
-    """GOP/s (a multiply and an addition are two) of the instruction that the kernels multiply with."""
-    steps, out = 1_000_000, np.ones(1024 * pool.num_threads, np.uint8)
+def peak_call(isa: str, pool: Pool) -> tuple[Callable[[], None], float]:
+    """A call of the instruction that the kernels multiply with, and its operations (two per product)."""
+    steps, out = 200_000, np.ones(1024 * pool.num_threads, np.uint8)
     products = 64 if isa == "vnni" else 32
-    seconds = repeat(peak_kernel(kernels_for(isa).isa), [steps, out.ctypes.data], pool)
-    return 2 * products * _CHAINS * steps * pool.num_threads / seconds / 1e9
+    call = kernel_call(peak_kernel(kernels_for(isa).isa), [steps, out.ctypes.data], pool)
+    return lambda kept=out: call(), 2.0 * products * _CHAINS * steps * pool.num_threads
 
 
-def repeat(kernel: Callable[..., None], args: list[int], pool: Pool, times: int = 9) -> float:
-    """Seconds of a kernel on a pool's threads: the median."""
+def kernel_call(kernel: Callable[..., None], args: list[int], pool: Pool) -> Callable[[], None]:
+    """A kernel on a pool's threads."""
     compiled = compile_kernel(kernel)
     words = np.array(args, np.int64)
     records = np.zeros((1, RECORD_WORDS), np.int64)
     records[0, :3] = compiled.address, words.ctypes.data, 1
-    return statistics.median(interleaved({"": lambda: pool.run(records, 1)}, times)[""])
+    return lambda kept=(compiled, words): pool.run(records, 1)
 
 
-def report(isa: str, results: list[dict[str, Any]], limits: dict[int, dict[str, float]]) -> None:
+def report(isa: str, results: list[dict[str, Any]]) -> None:
     """Print the table; overlay and 2:4 with their ratio to the plain linear of the same case."""
     rows = []
     for result in results:
@@ -273,7 +285,6 @@ def report(isa: str, results: list[dict[str, Any]], limits: dict[int, dict[str, 
         plain = next(
             r for r in results if r["variant"] == "plain" and all(r[key] == result[key] for key in same)
         )
-        limit = limits[result["threads"]]
         rows.append(
             (
                 result["variant"],
@@ -282,17 +293,13 @@ def report(isa: str, results: list[dict[str, Any]], limits: dict[int, dict[str, 
                 str(result["tokens"]),
                 str(result["threads"]),
                 f"{result['seconds'] * 1e6:.0f}",
-                f"{result['gb_s']:.1f} ({result['gb_s'] / limit['read_gb_s']:.0%})",
-                f"{result['gop_s']:.0f} ({result['gop_s'] / limit['int8_gop_s']:.0%})",
+                f"{result['gb_s']:.1f} ({result['gb_s'] / result['read']:.0%})",
+                f"{result['gop_s']:.0f} ({result['gop_s'] / result['peak']:.0%})",
                 f"{result['seconds'] / plain['seconds']:.2f}",
             )
         )
-    for threads, limit in limits.items():
-        print(
-            f"{threads} thread(s): read {limit['read_gb_s']:.1f} GB/s, int8 {limit['int8_gop_s']:.0f} GOP/s"
-        )
     header = ("kernel", "bits", "shape", "tokens", "threads", "us", "GB/s", "GOP/s", "time / plain")
-    show(f"linears, {isa}: shares are of read bandwidth and int8 peak in this run", header, rows)
+    show(f"linears, {isa}: shares are of the read bandwidth and int8 peak of the same rounds", header, rows)
 
 
 if __name__ == "__main__":

@@ -76,10 +76,10 @@ class Emitter:
         """a * b + c, rounded once; vectors of fp32."""
         return self.call(f"llvm.fma.v{a.type.count}f32", a.type, [a, b, c])
 
-    def prefetch(self, address: ir.Value) -> None:
-        """Ask for the cache line at an address (read, keep in all levels)."""
+    def prefetch(self, address: ir.Value, keep: bool = True) -> None:
+        """Ask for the cache line at an address, to read; not ``keep``: once, so it may pass by the outer caches."""
         pointer = self.builder.inttoptr(address, ir.PointerType(I8))
-        self.call("llvm.prefetch.p0", ir.VoidType(), [pointer, I32(0), I32(3), I32(1)])
+        self.call("llvm.prefetch.p0", ir.VoidType(), [pointer, I32(0), I32(3 if keep else 0), I32(1)])
 
     def shifted_bytes(self, vector: ir.Value, bits: int) -> ir.Value:
         """Bytes shifted right by ``bits`` (left if negative); bits from the neighbour byte come in, so mask.

@@ -174,7 +174,7 @@ def _emit_pass(kernel: _Tile, halves: list[int], arguments: list[ir.Value]) -> N
         g = loop.index
         block = emit.offset(w, emit.scaled(g, GROUP_BYTES_24))
         for line in range(0, GROUP_BYTES_24, 64):
-            emit.prefetch(emit.offset(block, PREFETCH_BYTES + line))
+            emit.prefetch(emit.offset(block, PREFETCH_BYTES + line), keep=tokens > 1)
         x_group = emit.offset(x8, emit.scaled(g, 32 * tokens))
         for h in halves:
             at = emit.offset(block, 4 * lanes * h)

@@ -77,7 +77,7 @@ class Emitter:
         return self.call(f"llvm.fma.v{a.type.count}f32", a.type, [a, b, c])
 
     def prefetch(self, address: ir.Value, keep: bool = True) -> None:
-        """Ask for the cache line at an address, to read; not ``keep``: once, so it may pass by the outer caches."""
+        """Ask for the cache line at an address, to read; not ``keep``: once, past the outer caches."""
         pointer = self.builder.inttoptr(address, ir.PointerType(I8))
         self.call("llvm.prefetch.p0", ir.VoidType(), [pointer, I32(0), I32(3 if keep else 0), I32(1)])
 

@@ -51,8 +51,11 @@ bench-more: env-dev ## what socket and HTTP cost per token; start-up time, memor
 kernels-report: env-dev ## compile the GPU kernels for sm_80 to sm_100 and gfx942, check and predict; needs no GPU
 	PYTHONPATH=scripts $(BIN)/python scripts/kernels_report.py $(ARGS)
 
-gpu-check: env-dev ## on a machine with an NVIDIA GPU: the tests marked gpu, then the kernel benchmarks
-	$(BIN)/python scripts/gpu_check.py $(ARGS)
+# No install: a machine with a GPU has torch and Triton in a Python of its own.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+gpu-check: ## on a machine with a GPU, without an install: the kernels' results, then their benchmarks (8 minutes)
+	$(GPU_PYTHON) scripts/gpu_check.py $(ARGS)
 
 clean: ## remove the environment and what tools left behind
 	rm -rf $(VENV) .cache/ns build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -109,8 +109,10 @@ def this_gpu(dtype: str) -> Machine:
 
 def rehearsal(dtype: str) -> Machine:
     """A CPU with interpreted kernels."""
-    from triton_interpreter import InterpretedTarget
+    from interpreted_model import as_if_on
+    from triton_interpreter import InterpretedTarget  # before any kernel
 
+    as_if_on("sm_90").start()
     target = InterpretedTarget("cpu", getattr(torch, dtype))
     copy = copy_bandwidth(wall_clock, "cpu", 1 << 20)
     matmul = matmul_rate(wall_clock, "cpu", 64, target.dtype)

@@ -1,6 +1,7 @@
 """A model in the engine over interpreted GPU kernels: the test flag that gives a CPU a GPU's place."""
 
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -13,13 +14,16 @@ from nybble.kernels.dispatch import Ops
 from nybble.kernels.triton import launch
 
 
-def load_interpreted(
-    folder: Path, dtype: torch.dtype, architecture: str, multiprocessors: int = 2
-) -> tuple[Decoder, LoadedModel]:
+def as_if_on(architecture: str) -> Any:
+    """A patch (see unittest.mock) under which every device is a small GPU of ``architecture``."""
+    machine = launch.Machine("interpreted", architecture, 2)
+    return mock.patch.object(launch.Machine, "of", staticmethod(lambda device: machine))
+
+
+def load_interpreted(folder: Path, dtype: torch.dtype, architecture: str) -> tuple[Decoder, LoadedModel]:
     """The model in ``folder`` with the kernels and launches that a GPU of ``architecture`` gets."""
-    machine = launch.Machine("interpreted", architecture, multiprocessors)
     target = triton_interpreter.InterpretedTarget("cpu", dtype)
-    with mock.patch.object(launch.Machine, "of", staticmethod(lambda device: machine)):
+    with as_if_on(architecture):
         config = EngineConfig(str(folder), "cpu")
         loaded = load_model(ModelFiles(folder), config, lambda *_: None, target)
     ops = Ops.resolve(target)

@@ -46,8 +46,8 @@ class Target:
 class WeightTraits:
     """What decides whether a linear kernel can take a weight.
 
-    ``max_abs`` bounds the weights' magnitude; ``is_24``: see ``PackedWeight.is_24``; ``whole_zeros``: zero
-    points are whole numbers from 0 to 255.
+    ``max_abs`` bounds the weights' magnitude; ``is_24``: see ``PackedWeight.is_24``, or floats of which every
+    four consecutive inputs keep at most two; ``whole_zeros``: zero points are whole numbers from 0 to 255.
     """
 
     out_features: int
@@ -58,6 +58,7 @@ class WeightTraits:
     has_g_idx: bool = False
     is_24: bool = False
     whole_zeros: bool = True
+    has_outliers: bool = False
 
     @staticmethod
     def of(weight: PackedWeight) -> "WeightTraits":
@@ -77,9 +78,19 @@ class WeightTraits:
             weight.values.dtype,
             max_abs,
             weight.g_idx is not None,
-            weight.is_24(),
+            weight.is_24() if weight.spec is not None else _halves_24(weight.values),
             weight.zeros is None or torch.equal(weight.zeros, weight.zeros.round().clamp(0, 255)),
+            weight.outliers is not None,
         )
+
+
+def _halves_24(values: Tensor) -> bool:
+    """Whether of every 4 consecutive inputs at most 2 are not zero. Nearly free where it is not so."""
+    for rows in (values[:16], values[16:]):
+        kept = torch.nn.functional.pad(rows != 0, (0, -rows.shape[1] % 4))
+        if bool((kept.view(-1, 4).sum(1, dtype=torch.uint8) > 2).any()):
+            return False
+    return True
 
 
 class PackedLinear(Protocol):
@@ -123,6 +134,7 @@ OPS: dict[str, tuple[str, ...]] = {
         ".cpu.numba_linear:dense",
         ".cpu.linear:dense_fp16",
         ".cpu.linear:dequant_fp16",
+        ".triton.linear:sparse_24",
         ".triton.linear:low_bit",
         ".reference:linear",
     ),

@@ -40,3 +40,37 @@ def add_overlay(starts, values, rows, cols, out, K):
         # Padding is zero and stands where an entry may: it must not write.
         dense = tl.load(to, mask=value != 0, other=0.0).to(tl.float32)
         tl.store(to, (dense + value.to(tl.float32)).to(out.dtype.element_ty), mask=value != 0)
+
+
+@triton.jit
+def expand24(
+    words, meta, scales, out, N, K, BITS: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """A 2:4 weight of ``packing24`` as a dense matrix: each element finds its place. out, grid: as above."""
+    dt: tl.constexpr = out.dtype.element_ty
+    PART: tl.constexpr = GROUP if GROUP else STEP
+    padded = tl.cdiv(N, ROWS) * ROWS
+    r = tl.arange(0, ROWS)[:, None]
+    k = tl.arange(0, STEP)[None, :]
+    block = tl.program_id(0) * (K // STEP) + tl.program_id(1)
+    lane = r // 16 * 32 + r % 8 * 4  # of t = 0
+    step = k // 32
+    upper = r % 16 // 8
+    fields = tl.load(meta + block * 256 + (lane + step % 2 * 2 + k % 32 // 16) * 2 + step // 2)
+    fields = fields >> (16 * upper + k % 16 // 4 * 4)
+    second = (fields >> 2 & 3) == k % 4
+    column = k % 32 // 4 * 2 + second.to(tl.int32)
+    register = column // 8 * 2 + upper
+    at = lane * 4 + column % 8 // 2 * 4 + step
+    if BITS == 4:
+        word = tl.load(words + block * 512 + at)
+        code = (word >> (4 * register + column % 2 * 16) & 15) - 8
+        first = tl.program_id(1) * (STEP // PART) * padded if GROUP else 0
+        scale = tl.load(scales + first + k // PART * padded + tl.program_id(0) * ROWS + r)
+        value = (code.to(tl.float32) * scale.to(tl.float32)).to(dt)
+    else:
+        word = tl.load(words + block * 2048 + register * 512 + at)
+        value = (word >> (column % 2 * 16)).to(tl.int16).to(dt, bitcast=True)
+    value = tl.where(second | ((fields & 3) == k % 4), value, 0.0)
+    to = out + (tl.program_id(0) * ROWS + r).to(tl.int64) * K + tl.program_id(1) * STEP + k
+    tl.store(to, value)

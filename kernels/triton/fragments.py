@@ -58,22 +58,20 @@ def _hex(half: int) -> str:
 
 
 class _Text:
-    """PTX of one unit, line by line."""
+    """PTX of one unit, line by line. Operands by name: registers out, words, zeros of both row halves."""
 
-    def __init__(self, bits: int, bf16: bool, zeros: bool) -> None:
-        self.bits, self.bf16, self.zeros = bits, bf16, zeros
+    def __init__(self, bits: int, bf16: bool, out: list[str], words: list[str], zeros: list[str]) -> None:
+        self.bits, self.out, self.words, self.zeros = bits, out, words, zeros
         self.mantissa, self.one = (7, 0x3F80) if bf16 else (10, 0x3C00)
         self.magic = self.one + (self.mantissa << self.mantissa)  # 128 or 1024
         self.fma = f"fma.rn.{'bf16x2' if bf16 else 'f16x2'}"
-        self.outputs = 4 * fragments_per_unit(bits)
-        self.lines = [".reg .b32 t, u, c, p, q;"]
-
-    def word(self, index: int) -> str:
-        return f"${self.outputs + index}"
-
-    def operand(self, index: int) -> str:
-        """Operands after the words: zeros of both row halves, then scales."""
-        return self.word(words_per_unit(self.bits) + index)
+        self.lines: list[str] = []
+        if bits != 8:
+            self.low()
+        elif bf16:
+            self.bytes_bf16()
+        else:
+            self.bytes_fp16()
 
     def put(self, line: str) -> None:
         self.lines.append(line + ";")
@@ -88,28 +86,27 @@ class _Text:
         offset = 0x8000 + self.magic - (position << self.mantissa)
         if self.zeros:
             # The zero's bits in the mantissa; both halves at once.
-            self.put(f"mad.lo.u32 c, {self.operand(register % 2)}, {0x10001 << position:#x}, {_hex(offset)}")
+            self.put(f"mad.lo.u32 c, {self.zeros[register % 2]}, {0x10001 << position:#x}, {_hex(offset)}")
         else:
             self.put(f"mov.b32 c, {_hex(offset + (1 << (self.bits - 1) << position))}")
         self.put(f"mov.b32 t, {_hex(self.one - (position << self.mantissa))}")
-        self.put(f"{self.fma} ${register}, u, t, c")
+        self.put(f"{self.fma} {self.out[register]}, u, t, c")
 
-    def scale(self) -> None:
+    def scale(self, scales: list[str]) -> None:
         """Multiply by the scales, with -0 added: mul.bf16x2 needs sm_90, fma does not."""
         self.put(f"mov.b32 c, {_hex(0x8000)}")
-        for register in range(self.outputs):
-            scale = self.operand((2 if self.zeros else 0) + register % 2)
-            self.put(f"{self.fma} ${register}, ${register}, {scale}, c")
+        for register, out in enumerate(self.out):
+            self.put(f"{self.fma} {out}, {out}, {scales[register % 2]}, c")
 
     def low(self) -> None:
         """2, 3 and 4 bits. One shift serves the fields that fit a mantissa together."""
-        shift = 0
+        shift, source = 0, ""
         for register, (word, first) in enumerate(fields(self.bits)):
             if first == 0:
-                shift, source = 0, self.word(word)
+                shift, source = 0, self.words[word]
             if first - shift + self.bits > self.mantissa:
                 shift, source = first, "p"
-                self.put(f"shr.u32 p, {self.word(word)}, {shift}")
+                self.put(f"shr.u32 p, {self.words[word]}, {shift}")
             self.magic_or("u", source, first - shift)
             self.centre(register, first - shift)
         if self.bits == 3:
@@ -119,27 +116,28 @@ class _Text:
         """The sixteenth 3-bit code, of one bit from each word."""
         self.put(f"mov.b32 u, {_hex(self.magic)}")
         for bit in range(3):
-            self.put(f"shr.u32 t, {self.word(bit)}, {15 - bit}")
+            self.put(f"shr.u32 t, {self.words[bit]}, {15 - bit}")
             self.put(f"lop3.b32 u, t, {_hex(1 << bit)}, u, 0xea")
         self.centre(15, 0)
 
     def bytes_fp16(self) -> None:
         for register, (word, first) in enumerate(fields(8)):
-            self.put(f"shr.u32 t, {self.word(word)}, {first}")
+            self.put(f"shr.u32 t, {self.words[word]}, {first}")
             self.magic_or("u", "t", 0)
             self.centre(register, 0)
 
     def bytes_bf16(self) -> None:
         """bf16 has 7 mantissa bits. The eighth is the lowest exponent bit of the 256 that is subtracted."""
-        for half, zero in enumerate("pq" if self.zeros else ""):
-            self.put(f"mul.lo.u32 t, {self.operand(half)}, 0x10001")
-            self.byte_minus_128(zero, "t")
+        for name, zero in zip("pq", self.zeros, strict=False):
+            self.put(f"mul.lo.u32 t, {zero}, 0x10001")
+            self.byte_minus_128(name, "t")
         for register, (word, first) in enumerate(fields(8)):
-            self.put(f"shr.u32 t, {self.word(word)}, {first}")
-            self.byte_minus_128(f"${register}", "t")
+            out = self.out[register]
+            self.put(f"shr.u32 t, {self.words[word]}, {first}")
+            self.byte_minus_128(out, "t")
             if self.zeros:
                 self.put(f"mov.b32 c, {_hex(self.one + 0x8000)}")
-                self.put(f"{self.fma} ${register}, {'pq'[register % 2]}, c, ${register}")
+                self.put(f"{self.fma} {out}, {'pq'[register % 2]}, c, {out}")
 
     def byte_minus_128(self, out: str, source: str) -> None:
         self.put(f"lop3.b32 u, {source}, 0x007f007f, 0x43004300, 0xea")  # (s & m) | 128
@@ -149,21 +147,28 @@ class _Text:
 
 
 @triton.constexpr_function
+def unit_ptx(bits: int, bf16: bool, out: list[str], words: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines that unpack one unit with the registers t, u, c, p, q; rows: zeros and scales, each 0 or 2."""
+    text = _Text(bits, bf16, out, words, rows[0])
+    if rows[1]:
+        text.scale(rows[1])
+    return text.lines
+
+
+@triton.constexpr_function
 def dequant_ptx(bits: int, bf16: bool, zeros: bool, scales: bool) -> str:
     """PTX that unpacks a unit: operands are the output registers, the words, then zeros and scales.
 
     zeros: two, of rows g and g + 8, as integers up to 255; scales: likewise, as pairs of halves.
     """
-    text = _Text(bits, bf16, zeros)
-    if bits != 8:
-        text.low()
-    elif bf16:
-        text.bytes_bf16()
-    else:
-        text.bytes_fp16()
+    count, first = 4 * fragments_per_unit(bits), 4 * fragments_per_unit(bits) + words_per_unit(bits)
+    names = [f"${i}" for i in range(first + 4)]
+    rows = [names[first : first + 2] if zeros else [], []]
     if scales:
-        text.scale()
-    return "{ " + "\n".join(text.lines) + " }"
+        first += 2 * zeros
+        rows[1] = names[first : first + 2]
+    lines = unit_ptx(bits, bf16, names[:count], names[count : count + words_per_unit(bits)], rows)
+    return "{ " + "\n".join([".reg .b32 t, u, c, p, q;", *lines]) + " }"
 
 
 @triton.constexpr_function

@@ -3,8 +3,8 @@
 ``kernels/tuned/NAME.json`` (NAME: the GPU's, lower case, dashes) holds what was measured on it;
 default.json has rules for each architecture. A file is {"rules": [...]}; the first rule that fits is taken,
 a GPU's own file first. Rule: tokens (at most so many; null: any), kernel, BM, BN, warps, stages, programs
-(wanted per multiprocessor, by splitting K); it fits only the given architectures, bits, shape ([N, K],
-padded) where it has them.
+(wanted per multiprocessor, by splitting K); it fits only the given architectures, bits and shape ([N, K],
+padded) where it has them, and weights with its sparsity ("2:4") or, without one, those that have none.
 """
 
 import json
@@ -46,7 +46,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Constants of one launch. kernel: "mma", "tile" or "dense" (dequantize, then torch's product)."""
+    """Constants of one launch. kernel: "mma", "tile", "sparse24", or "dense": dequantize, then torch's."""
 
     kernel: str
     BM: int = 0
@@ -87,7 +87,9 @@ class Launch:
         return chosen
 
 
-def choose(machine: Machine, bits: int, shape: tuple[int, int], tokens: int) -> Launch:
+def choose(
+    machine: Machine, bits: int, shape: tuple[int, int], tokens: int, sparsity: str | None = None
+) -> Launch:
     """The launch for ``tokens`` rows of activations and a weight of [N padded, K padded].
 
     Raises LookupError where no rule fits: ``supports`` tells before.
@@ -96,15 +98,17 @@ def choose(machine: Machine, bits: int, shape: tuple[int, int], tokens: int) -> 
         limit = rule["tokens"]
         if limit is not None and tokens > limit:
             continue
+        if rule.get("sparsity") != sparsity:
+            continue
         if rule.get("bits", bits) == bits and tuple(rule.get("shape", shape)) == shape:
             constants = {k: rule[k] for k in ("BM", "BN", "warps", "stages", "programs") if k in rule}
             return Launch(rule["kernel"], **constants).fitted(shape[0])
     raise LookupError(f"no launch for {tokens} tokens on {machine.architecture}")
 
 
-def supports(machine: Machine) -> bool:
+def supports(machine: Machine, sparsity: str | None = None) -> bool:
     """Whether there are launches for a GPU."""
-    return any(True for _ in _rules(machine.name, machine.architecture))
+    return any(r.get("sparsity") == sparsity for r in _rules(machine.name, machine.architecture))
 
 
 @cache

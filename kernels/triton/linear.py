@@ -21,24 +21,13 @@ class LowBitKernel:
 
     def refuses(self, target: Target, *, weight: WeightTraits) -> str | None:
         """Why it cannot take the weight, or None."""
-        if target.is_cpu:
-            return f"runs on a GPU, not on {target.device}"
         if weight.spec is None:
             return "takes quantized weights only"
         if weight.spec.num_bits not in (2, 3, 4, 8):
             return f"takes 2, 3, 4 or 8 bits, not {weight.spec.num_bits}"
         if not weight.whole_zeros:
             return "takes zero points that are whole numbers from 0 to 255"
-        if target.dtype not in (torch.float16, torch.bfloat16):
-            return f"computes in float16 or bfloat16, asked for {str(target.dtype).removeprefix('torch.')}"
-        if target.dtype == torch.float16 and not weight.max_abs <= _FP16_MAX:
-            return f"fp16 would overflow: a weight's magnitude is up to {weight.max_abs:.4g}"
-        if find_spec("triton") is None:
-            return "triton is not installed"
-        machine = Machine.of(target.device)
-        if not supports(machine):
-            return f"has no launches for {machine.name} ({machine.architecture})"
-        return None
+        return _unfit(target, weight)
 
     def repack(self, weight: PackedWeight, target: Target) -> PackedLinear:
         """Pack in the order of tensor cores' fragments."""
@@ -49,4 +38,47 @@ class LowBitKernel:
         return linear
 
 
+@dataclass(frozen=True, slots=True)
+class Sparse24Kernel:
+    """Takes weights of which every four consecutive inputs keep two: symmetric 4-bit codes, or halves."""
+
+    name: str = "triton-24"
+
+    def refuses(self, target: Target, *, weight: WeightTraits) -> str | None:
+        """Why it cannot take the weight, or None."""
+        if not weight.is_24:
+            return "takes 2:4 sparsity only, of symmetric 4-bit codes or of halves"
+        if weight.spec is not None and weight.has_outliers:
+            return "takes no overlay"
+        reason = _unfit(target, weight)
+        if reason is None and not supports(Machine.of(target.device), "2:4"):
+            reason = f"has no launches for {Machine.of(target.device).name}: needs mma.sp"
+        return reason
+
+    def repack(self, weight: PackedWeight, target: Target) -> PackedLinear:
+        """Keep two of four and their positions."""
+        packing = import_module(".packing24", __package__)
+        low_bit = import_module(".low_bit", __package__)
+        packed = packing.pack24(weight, target.device, target.dtype)
+        linear: PackedLinear = low_bit.Sparse24Linear(packed, Machine.of(target.device))
+        return linear
+
+
+def _unfit(target: Target, weight: WeightTraits) -> str | None:
+    """Why no kernel here can take the weight, or None."""
+    if target.is_cpu:
+        return f"runs on a GPU, not on {target.device}"
+    if target.dtype not in (torch.float16, torch.bfloat16):
+        return f"computes in float16 or bfloat16, asked for {str(target.dtype).removeprefix('torch.')}"
+    if target.dtype == torch.float16 and not weight.max_abs <= _FP16_MAX:
+        return f"fp16 would overflow: a weight's magnitude is up to {weight.max_abs:.4g}"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    machine = Machine.of(target.device)
+    if not supports(machine):
+        return f"has no launches for {machine.name} ({machine.architecture})"
+    return None
+
+
 low_bit = LowBitKernel()
+sparse_24 = Sparse24Kernel()

@@ -1,59 +1,91 @@
-"""A packed low-bit weight as a linear on a GPU: picks a launch by the number of tokens, and makes it."""
+"""Packed weights as linears on a GPU: they pick a launch by the number of tokens, and make it."""
 
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .arrange import arrange
-from .dequantize import add_overlay, dequantize
-from .fragments import STEP
+from .dequantize import add_overlay, dequantize, expand24
+from .fragments import ROWS, STEP
 from .launch import Launch, Machine, choose
 from .mma_linear import mma_linear
 from .packing import FragmentWeight
+from .packing24 import Sparse24Weight
+from .sparse24_linear import sparse24_linear
 from .tile_linear import tile_linear
 
 _ARRANGED = 1024  # inputs that one program moves
 _OVERLAY = 64  # tokens up to which the kernels add an overlay; a dense product takes more
 
 
-class LowBitLinear:
+class _Weight(Protocol):
+    """What both kinds of packed weights have."""
+
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def inputs(self) -> int: ...
+    @property
+    def words(self) -> Tensor: ...
+    @property
+    def order(self) -> Tensor | None: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class _PackedLinear(ABC):
     """Takes x [T, in_features] fp16 or bf16, gives [T, out_features] of its type.
 
     One launch; one more where inputs are reordered or padded. Results do not depend on the order in which
     programs run. Not for two streams at once: launches of one linear share locks.
     """
 
-    def __init__(self, weight: FragmentWeight, machine: Machine) -> None:
-        self.weight = weight
+    def __init__(self, weight: _Weight, machine: Machine) -> None:
         self._machine = machine
-        rows = int(weight.words.shape[0]) * 64
+        self._base = weight
+        rows = int(weight.words.shape[0]) * ROWS.value
         self._shape = (rows, weight.inputs)
-        locks = max(rows // 64, machine.multiprocessors)  # tiles that are split, at most
+        locks = max(rows // ROWS.value, machine.multiprocessors)  # tiles that are split, at most
         self._locks = torch.zeros(locks, dtype=torch.int32, device=weight.words.device)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the packed weight holds."""
-        return self.weight.nbytes
+        return self._base.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, in_features] -> [T, out_features]."""
-        w = self.weight
+        w = self._base
         out = x.new_empty(len(x), w.out_features)
         if len(x) == 0:
             return out
         x = self._arranged(x)
-        launch = choose(self._machine, w.bits, self._shape, len(x))
-        if launch.kernel == "dense" or (w.overlay is not None and len(x) > _OVERLAY):
+        launch = self._choose(len(x))
+        if launch.kernel == "dense":
             return F.linear(x, self.dense(x.dtype), None if w.bias is None else w.bias.to(x.dtype))
-        self._launch(launch, x, out)
+        tiles_m, tiles_n = -(-len(x) // launch.BM), self._shape[0] // launch.BN
+        tiles = tiles_m * tiles_n
+        splits = 1
+        if tiles <= len(self._locks):
+            splits = launch.splits(self._machine, tiles, w.inputs // STEP.value)
+        partial = w.words
+        if splits > 1:
+            partial = x.new_empty(tiles * splits * launch.BM * launch.BN, dtype=torch.float32)
+        bias, num_bias = (w.words, 0) if w.bias is None else (w.bias, w.out_features)
+        tail = (out, partial, self._locks, len(x), w.out_features, w.inputs, splits, num_bias)
+        self._launch(launch, (tiles_n, splits, tiles_m), (x, bias, tail))
         return out
 
     def _arranged(self, x: Tensor) -> Tensor:
         """The activations as the weight's inputs stand, in rows of 16-byte units."""
-        w = self.weight
+        w = self._base
         x = x.contiguous()
         if w.order is None:
             return x if x.data_ptr() % 16 == 0 else x.clone()
@@ -62,54 +94,86 @@ class LowBitLinear:
         arrange[grid](x, w.order, out, w.in_features, w.inputs, BLOCK=_ARRANGED)
         return out
 
-    def _launch(self, launch: Launch, x: Tensor, out: Tensor) -> None:
-        w = self.weight
-        tiles_m, tiles_n = -(-len(x) // launch.BM), self._shape[0] // launch.BN
-        tiles = tiles_m * tiles_n
-        splits = 1
-        if tiles <= len(self._locks):
-            splits = launch.splits(self._machine, tiles, w.inputs // STEP.value)
+    @abstractmethod
+    def _choose(self, tokens: int) -> Launch:
+        """The launch for so many tokens."""
+
+    @abstractmethod
+    def _launch(self, launch: Launch, grid: tuple[int, int, int], arguments: tuple[Any, Any, Any]) -> None:
+        """Launch. grid: tiles of outputs, splits, tiles of tokens; arguments: x, bias, and the last eight."""
+
+    @abstractmethod
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight as a matrix [out_features, K] of ``dtype``, its inputs arranged."""
+
+
+class LowBitLinear(_PackedLinear):
+    """A quantized weight."""
+
+    def __init__(self, weight: FragmentWeight, machine: Machine) -> None:
+        super().__init__(weight, machine)
+        self.weight = weight
+
+    def _choose(self, tokens: int) -> Launch:
+        if self.weight.overlay is not None and tokens > _OVERLAY:
+            return Launch("dense")
+        return choose(self._machine, self.weight.bits, self._shape, tokens)
+
+    def _launch(self, launch: Launch, grid: tuple[int, int, int], arguments: tuple[Any, Any, Any]) -> None:
+        w, (x, bias, tail) = self.weight, arguments
         unused = w.words
-        partial = unused
-        if splits > 1:
-            partial = x.new_empty(tiles * splits * launch.BM * launch.BN, dtype=torch.float32)
-        overlay = w.overlay
-        arguments = (
-            x,
-            w.words,
-            w.scales,
-            unused if w.zeros is None else w.zeros,
-            unused if w.bias is None else w.bias,
-            *((unused,) * 4 if overlay is None else overlay.tensors),
-            out,
-            partial,
-            self._locks,
-            len(x),
-            w.out_features,
-            w.inputs,
-            splits,
-            0 if w.bias is None else w.out_features,
-        )
+        overlay = (unused,) * 4 if w.overlay is None else w.overlay.tensors
+        zeros = unused if w.zeros is None else w.zeros
         constants: dict[str, Any] = {
-            "BITS": w.bits, "GROUP": w.group, "ZEROS": w.zeros is not None, "SPARSE": overlay is not None,
+            "BITS": w.bits, "GROUP": w.group, "ZEROS": w.zeros is not None, "SPARSE": w.overlay is not None,
             "SCALE_WEIGHTS": launch.scales_weights(w.group), "BM": launch.BM, "BN": launch.BN,
             "STAGES": launch.stages, "num_warps": launch.warps, "num_stages": launch.stages,
         }  # fmt: skip
+        every = (x, w.words, w.scales, zeros, bias, *overlay, *tail)
         if launch.kernel == "mma":
-            mma_linear[tiles_n, splits, tiles_m](*arguments, **constants, WARPS=launch.warps)
+            mma_linear[grid](*every, **constants, WARPS=launch.warps)
         else:
-            tile_linear[tiles_n * tiles_m, splits](*arguments, **constants, ASM=self._machine.is_cuda)
+            tiles_n, splits, tiles_m = grid
+            tile_linear[tiles_n * tiles_m, splits](*every, **constants, ASM=self._machine.is_cuda)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight as a matrix [out_features, K] of ``dtype``, its inputs arranged."""
         w = self.weight
         out = torch.empty(self._shape, dtype=dtype, device=w.words.device)
         zeros = w.words if w.zeros is None else w.zeros
-        grid = (self._shape[0] // 64, w.inputs // STEP.value)
+        grid = (self._shape[0] // ROWS.value, w.inputs // STEP.value)
         dequantize[grid](
             w.words, w.scales, zeros, out, w.out_features, w.inputs,
             BITS=w.bits, GROUP=w.group, ZEROS=w.zeros is not None, ASM=self._machine.is_cuda,
         )  # fmt: skip
         if w.overlay is not None:
             add_overlay[grid[:1]](*w.overlay.tensors, out, w.inputs)
+        return out[: w.out_features]
+
+
+class Sparse24Linear(_PackedLinear):
+    """A weight with 2:4 sparsity, compressed."""
+
+    def __init__(self, weight: Sparse24Weight, machine: Machine) -> None:
+        super().__init__(weight, machine)
+        self.weight = weight
+
+    def _choose(self, tokens: int) -> Launch:
+        return choose(self._machine, self.weight.bits, self._shape, tokens, sparsity="2:4")
+
+    def _launch(self, launch: Launch, grid: tuple[int, int, int], arguments: tuple[Any, Any, Any]) -> None:
+        w, (x, bias, tail) = self.weight, arguments
+        sparse24_linear[grid](
+            x, w.words, w.meta, w.words if w.scales is None else w.scales, bias, *tail,
+            BITS=w.bits, GROUP=w.group, BM=launch.BM, BN=launch.BN, STAGES=launch.stages,
+            WARPS=launch.warps, num_warps=launch.warps, num_stages=launch.stages,
+        )  # fmt: skip
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight as a matrix [out_features, K] of ``dtype``, its inputs arranged."""
+        w = self.weight
+        out = torch.empty(self._shape, dtype=dtype, device=w.words.device)
+        scales = w.words if w.scales is None else w.scales
+        grid = (self._shape[0] // ROWS.value, w.inputs // STEP.value)
+        expand24[grid](w.words, w.meta, scales, out, w.out_features, w.inputs, BITS=w.bits, GROUP=w.group)
         return out[: w.out_features]

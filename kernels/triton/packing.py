@@ -90,11 +90,10 @@ def pack(weight: PackedWeight, device: torch.device | str, dtype: torch.dtype) -
     """
     spec = weight.spec
     assert spec is not None and weight.scales is not None
-    counts = weight.group_of_inputs().bincount(minlength=spec.num_groups(weight.in_features))
-    part = 0 if len(counts) == 1 else _part(counts)
+    part = part_of(weight)
     # Three-bit units hold 64 inputs, which must share their zeros.
     bits = 4 if spec.num_bits == 3 and part == 32 else spec.num_bits
-    order, groups = _arrange(weight, counts, part)
+    order, groups = arrange_inputs(weight, part)
     trivial = torch.equal(order, torch.arange(weight.in_features))
     zeros = weight.zeros
     if zeros is None and bits != spec.num_bits:
@@ -105,16 +104,26 @@ def pack(weight: PackedWeight, device: torch.device | str, dtype: torch.dtype) -
         bits,
         part,
         pack_words(weight.values, None if trivial else order, bits, device),
-        _by_part(_narrowest(weight.scales), groups, device),
-        None if zeros is None else _by_part(zeros.to(torch.uint8), groups, device),
+        by_part(narrowest(weight.scales), groups, device),
+        None if zeros is None else by_part(zeros.to(torch.uint8), groups, device),
         None if trivial else order.to(device, torch.int32),
         None if weight.bias is None else weight.bias.to(device, torch.float32),
         None if weight.outliers is None else _pack_overlay(weight.outliers, order, device, dtype),
     )
 
 
-def _part(counts: Tensor) -> int:
-    """The largest part that pads the inputs no more than the smallest does."""
+def _counts(weight: PackedWeight) -> Tensor:
+    """Inputs of each group."""
+    assert weight.spec is not None
+    groups = weight.group_of_inputs().cpu()
+    return groups.bincount(minlength=weight.spec.num_groups(weight.in_features))
+
+
+def part_of(weight: PackedWeight) -> int:
+    """The largest part that pads the inputs no more than the smallest does; 0 for a single group."""
+    counts = _counts(weight)
+    if len(counts) == 1:
+        return 0
     for part in (128, 64):
         total = int((-(-counts // part) * part).sum())
         if padded(total, STEP.value) == padded(int((-(-counts // 32) * 32).sum()), STEP.value):
@@ -122,14 +131,14 @@ def _part(counts: Tensor) -> int:
     return 32
 
 
-def _arrange(weight: PackedWeight, counts: Tensor, part: int) -> tuple[Tensor, Tensor]:
+def arrange_inputs(weight: PackedWeight, part: int) -> tuple[Tensor, Tensor]:
     """Which input stands where [K] (``in_features``: none), and which group each part belongs to."""
     group = weight.group_of_inputs().cpu()
     if part == 0:
         places, total, groups = torch.arange(len(group)), len(group), torch.zeros(1, dtype=torch.int64)
         by_group = places
     else:
-        counts = counts.cpu()
+        counts = _counts(weight)
         parts = -(-counts // part)
         by_group = group.argsort(stable=True)
         starts = (parts.cumsum(0) - parts) * part - (counts.cumsum(0) - counts)
@@ -143,14 +152,14 @@ def _arrange(weight: PackedWeight, counts: Tensor, part: int) -> tuple[Tensor, T
     return order, groups
 
 
-def _by_part(values: Tensor, groups: Tensor, device: torch.device | str) -> Tensor:
+def by_part(values: Tensor, groups: Tensor, device: torch.device | str) -> Tensor:
     """[out, groups] -> [parts, out padded], zero where padded."""
     out = values.new_zeros(len(groups), padded(len(values), ROWS.value), device=device)
     out[:, : len(values)] = values.to(device).T[groups.to(device)]
     return out
 
 
-def _narrowest(scales: Tensor) -> Tensor:
+def narrowest(scales: Tensor) -> Tensor:
     """The scales in the first type of fp16, bf16, fp32 that holds them exactly."""
     for dtype in (torch.float16, torch.bfloat16):
         if torch.equal(scales.to(dtype).float(), scales.float()):

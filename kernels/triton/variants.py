@@ -73,6 +73,10 @@ def variants() -> list[Variant]:
     found += _launched(_Kind(4, "bf16", sparse=True), 8, _SOME)
     for kind in (_Kind(4, "bf16", zeros=True), _Kind(3, "fp16", 64, zeros=True)):
         found += _launched(kind, 64, _SOME) + _launched(kind, 128, _SOME)
+    for bits in (4, 16):
+        for dtype in ("fp16", "bf16"):
+            found += _sparse24(bits, dtype, 8, TARGETS[:5])
+    found += _sparse24(4, "fp16", 64, ("sm_80", "sm_90"))
     return list({v.name + str(v.targets): v for v in found}.values())
 
 
@@ -83,6 +87,36 @@ def _launched(kind: _Kind, tokens: int, targets: tuple[str, ...] = TARGETS) -> l
         launch = choose(Machine("", target, 100), kind.bits, (4096, 4096), tokens)
         by_launch.setdefault(launch, []).append(target)
     return [_variant(kind, launch, found) for launch, found in by_launch.items()]
+
+
+def _sparse24(bits: int, dtype: str, tokens: int, targets: tuple[str, ...]) -> list[Variant]:
+    """The launch of a weight with 2:4 sparsity: 4-bit codes with groups of 128, or halves."""
+    launch = choose(Machine("", targets[0], 100), bits, (4096, 4096), tokens, sparsity="2:4")
+    signature = {
+        "x": f"*{dtype}", "words": "*i32", "meta": "*i32", "scales": "*fp16", "bias": "*fp32",
+        "out": f"*{dtype}", "partial": "*fp32", "locks": "*i32",
+        "M": "i32", "N": "i32", "K": "i32", "splits": "i32", "num_bias": "i32",
+    }  # fmt: skip
+    constants = {
+        "BITS": bits, "GROUP": 128 if bits == 4 else 0, "BM": launch.BM, "BN": launch.BN,
+        "STAGES": launch.stages, "WARPS": launch.warps,
+    }  # fmt: skip
+    return [
+        Variant(
+            name=f"sparse24-m{launch.BM}-{'w4' if bits == 4 else 'half'}-{dtype}",
+            kernel="sparse24_linear:sparse24_linear",
+            targets=targets,
+            signature=signature,
+            constexprs=constants,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+            mma=dict.fromkeys(targets, "HMMA.SP.16832"),
+            decode=True,
+            weights=launch.BN * 128 / (32 * launch.warps),
+            budget=2.4 if tokens == 8 else 4.0,
+            bits=3 + 16 / 128 if bits == 4 else 9,
+        )
+    ]
 
 
 def _variant(kind: _Kind, launch: Launch, targets: list[str]) -> Variant:

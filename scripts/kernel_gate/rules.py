@@ -38,8 +38,8 @@ def _loop_rules(variant: Variant, found: Mapping[str, Any]) -> list[str]:
     for names, what in ((("I2F", "I2FP"), "integers become floats"), (("LDL", "STL"), "spills")):
         if loop.count(*names):
             broken.append(f"{loop.count(*names)} {what} in the loop")
-    # Three-bit words come in threes: a lane's share of a plane is 8 bytes.
-    wanted = "64" if variant.constexprs.get("BITS") == 3 else "128"
+    # Three-bit words come in threes: a lane's share of a plane is 8 bytes. So is its share of 2:4 positions.
+    wanted = "64" if variant.constexprs.get("BITS") == 3 or "meta" in variant.signature else "128"
     copies = [name for name in loop.opcodes if name.split(".")[0] in _COPIES]
     if not any({wanted, "128"} & set(name.split(".")) for name in copies) and not loop.count(*_BULK):
         broken.append(f"no copy of {int(wanted) // 8} bytes in the loop: {copies}")

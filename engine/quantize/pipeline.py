@@ -6,6 +6,7 @@ computation, on inputs that passed through all that was quantized before. In mem
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Protocol, TypeVar
@@ -190,17 +191,20 @@ class _Pass:
         self._tell(0, None)
         last = self.work.source.config.num_layers - 1
         for layer in range(last + 1):
-            block = self.work.source.block(layer, self.work.ops)
-            if layer < len(self.stage):
-                finished = self.stage.load(layer)
-                block.put(finished)
-                self.done += len(finished.modules)
-                self._tell(layer, None)
-            else:
-                self.stage.save(self._quantize(block))
-            for batch in self.batches if layer < last else ():
-                batch.advance(block)
-            del block
+            with _enough_memory(layer):
+                self._run(layer, layer < last)
+
+    def _run(self, layer: int, goes_on: bool) -> None:
+        block = self.work.source.block(layer, self.work.ops)
+        if layer < len(self.stage):
+            finished = self.stage.load(layer)
+            block.put(finished)
+            self.done += len(finished.modules)
+            self._tell(layer, None)
+        else:
+            self.stage.save(self._quantize(block))
+        for batch in self.batches if goes_on else ():
+            batch.advance(block)
 
     def _tell(self, layer: int, loss: float | None) -> None:
         self.work.progress(self.stage.folder.name, self.done, len(self.work.specs), layer, loss)
@@ -276,6 +280,18 @@ class _Pass:
 
     def _exclude(self, name: str) -> Tensor | None:
         return None if self.again is None else self.again.exclude(name)
+
+
+@contextmanager
+def _enough_memory(layer: int) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        name = f"model.layers.{layer}"
+        message = f"{name}: out of memory; lower --num-samples or --seq-len, or free some ({error})"
+        raise LayerError(message.splitlines()[0], layer=name) from error
 
 
 def _by_spec(slot: Slot, specs: Specs) -> dict[QuantSpec, list[str]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...kernels.dispatch import Ops, Target
 from ...kernels.layout import PackedWeight
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError, LayerError
 from ..formats.dense import DenseFormat
 from ..formats.safetensors_files import SafetensorsFiles
 from ..model.config import ModelConfig
@@ -70,8 +70,11 @@ class Source:
                     yield slot, part
 
     def read(self, slot: Slot, part: Part) -> PackedWeight:
-        """One module as stored. CheckpointError where it is not finite."""
-        return load_part(self.files, DenseFormat(), slot, part)
+        """One module as stored. LayerError where it is not finite."""
+        try:
+            return load_part(self.files, DenseFormat(), slot, part)
+        except CheckpointError as error:
+            raise LayerError(error.message, layer=part.name) from error
 
     def embed(self, token_ids: Tensor, ops: Ops) -> Tensor:
         """[T, H] fp32 for ``token_ids`` [T]."""

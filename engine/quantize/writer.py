@@ -3,8 +3,10 @@
 Layout of a shard: 8 bytes little-endian length, the JSON header padded with spaces, the tensors without gaps.
 """
 
+import glob
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
@@ -101,6 +103,7 @@ class CheckpointWriter:
 
     def __enter__(self) -> Self:
         with self._writing():
+            remove_leftovers(self.out)
             self._folder.mkdir(parents=True)
         return self
 
@@ -178,6 +181,14 @@ class CheckpointWriter:
         for shard, name in zip(self._shards, names, strict=True):
             shard.path.rename(self._folder / name)
         return names
+
+
+def remove_leftovers(out: Path) -> None:
+    """Hidden folders that processes which are no more left beside ``out``: they were killed."""
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*"):
+        match = re.fullmatch(r"\.(\d+)\.(partial|work)", path.name[len(out.name) + 1 :])
+        if match is not None and not Path("/proc", match[1]).exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _refuse_existing(out: Path, overwrite: bool) -> None:

@@ -1,0 +1,134 @@
+"""What outlives a run, and what does not."""
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nybble.engine.errors import ConfigError
+from nybble.engine.quantize import results, scratch
+from nybble.engine.quantize.job import quantize
+from nybble.engine.quantize.options import QuantizeOptions
+from nybble.engine.quantize.scratch import Scratch, resumable
+from safetensors.torch import load_file
+
+
+def options(folder: Path, out: Path, **more: Any) -> QuantizeOptions:
+    given = {"group_size": 32, "num_samples": 8, "seq_len": 32, "resume": True, **more}
+    return QuantizeOptions(str(folder), str(out), **given)
+
+
+def run(given: QuantizeOptions) -> list[tuple[int | None, float | None]]:
+    """(block, loss) of every module that was told."""
+    told: list[tuple[int | None, float | None]] = []
+    quantize(given, lambda *progress: told.append(progress[3:5]), lambda _: None)
+    return told[1:]
+
+
+KILLED = """
+import json, os, signal, sys
+from nybble.engine.quantize.job import quantize
+from nybble.engine.quantize.options import QuantizeOptions
+
+def progress(phase, done, *_):
+    if done == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+quantize(QuantizeOptions(**json.loads(sys.argv[1])), progress, lambda _: None)
+"""
+
+
+def killed(given: QuantizeOptions, after: int) -> None:
+    """In a process of its own, which is killed after ``after`` modules."""
+    command = [sys.executable, "-P", "-c", KILLED, json.dumps(asdict(given)), str(after)]
+    assert subprocess.run(command, timeout=120, check=False).returncode == -signal.SIGKILL
+
+
+def test_a_killed_run_loses_the_block_at_hand(make_model: Any, tmp_path: Path) -> None:
+    folder, _ = make_model("llama")
+    out = tmp_path / "out"
+    run(options(folder, tmp_path / "whole"))
+    killed(options(folder, out), after=17)  # of 21: in the third block
+    assert not out.exists()
+    told = run(options(folder, out))
+    assert [told[0][0], told[1][0]] == [0, 1]  # whole blocks, taken over
+    assert len([loss for _, loss in told if loss is not None]) == 7
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["original", "out", "whole"]
+    found, expected = (load_file(f / "model.safetensors") for f in (out, tmp_path / "whole"))
+    assert found.keys() == expected.keys()
+    assert all(bool((found[name] == expected[name]).all()) for name in expected)
+
+
+@pytest.mark.parametrize("change", ["option", "model", "calibration"])
+def test_blocks_of_another_run_are_not_taken(change: str, make_model: Any, tmp_path: Path) -> None:
+    folder, model = make_model("llama")
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and sang to the dog " * 40)
+    first = options(folder, tmp_path / "out", calibration=str(text))
+    killed(first, after=17)
+    assert len(results.Stage(resumable(tmp_path / "out") / "quantize")) == 2
+    second = first
+    if change == "option":
+        second = options(folder, tmp_path / "out", calibration=str(text), damping=0.02)
+    elif change == "model":
+        model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+        model.save_pretrained(folder)
+    else:
+        text.write_text("the dog ran to the sea " * 60)
+    assert len([loss for _, loss in run(second) if loss is not None]) == 21
+    assert not resumable(tmp_path / "out").exists()
+
+
+def test_threads_and_place_do_not_matter_to_blocks(make_model: Any, tmp_path: Path) -> None:
+    folder, _ = make_model("llama")
+    killed(options(folder, tmp_path / "out", num_threads=1), after=17)
+    again = options(folder, tmp_path / "out", overwrite=True)
+    assert len([loss for _, loss in run(again) if loss is not None]) == 7
+
+
+def test_two_runs_never_share_a_folder(make_model: Any, tmp_path: Path) -> None:
+    folder, _ = make_model("llama")
+    given = options(folder, tmp_path / "out")
+    with (
+        Scratch(tmp_path / "out", given, folder),
+        pytest.raises(ConfigError, match="another run is making it"),
+        Scratch(tmp_path / "out", given, folder),
+    ):
+        pass
+    assert not resumable(tmp_path / "out").exists()
+    with Scratch(tmp_path / "out", given, folder) as mine:  # the lock ended with its holder
+        assert json.loads((mine.folder / "run.json").read_text())["options"]["group_size"] == 32
+
+
+def test_without_resume_nothing_outlives_a_run(make_model: Any, tmp_path: Path) -> None:
+    folder, _ = make_model("llama")
+    given = options(folder, tmp_path / "out", resume=False)
+    for error in (KeyboardInterrupt, RuntimeError, ConfigError):
+        with pytest.raises(error), Scratch(tmp_path / "out", given, folder):
+            raise error("x")
+    assert [p.name for p in tmp_path.iterdir()] == ["original"]
+    assert scratch.resumable(tmp_path / "a").name == ".a.work"
+
+
+def test_a_place_that_cannot_be_written(make_model: Any, tmp_path: Path) -> None:
+    folder, _ = make_model("llama")
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ConfigError, match="cannot be written"),
+        Scratch(tmp_path / "file" / "out", options(folder, tmp_path / "out"), folder),
+    ):
+        pass
+
+
+def test_what_the_dead_left_is_removed(make_model: Any, tmp_path: Path) -> None:
+    folder, _ = make_model("llama")
+    given = options(folder, tmp_path / "out", method="rtn", num_samples=128, seq_len=2048, resume=False)
+    killed(given, after=17)
+    assert len(list(tmp_path.glob(".out.*"))) == 2
+    (tmp_path / ".out.1.partial").mkdir()  # of a process that is there
+    run(given)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.1.partial", "original", "out"]

@@ -87,11 +87,13 @@ def decode_verdicts(verdicts: Sequence[Verdict], target: str, tokens: int) -> li
         v
         for v in verdicts
         if v.target == target
+        and not any(prefix.startswith("HMMA.SP") for prefix in v.variant.mma.values())
         and v.found
         and v.variant.decode
         and v.variant.constexprs.get("BITS") == 4
         and v.variant.constexprs.get("GROUP") == 128
         and not v.variant.constexprs.get("ZEROS")
+        and not v.variant.constexprs.get("SPARSE")
         and v.variant.constexprs["BM"] >= min(tokens, 8)
     ]
 

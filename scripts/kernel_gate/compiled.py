@@ -56,17 +56,13 @@ def tile_tokens(variant: Variant) -> int:
     return int(variant.constexprs["BM"])
 
 
-def _tool(*arguments: str) -> str:
-    done = subprocess.run([_TOOLS / "cuobjdump", *arguments], capture_output=True, text=True, check=True)
-    return done.stdout
-
-
 def _read_cuda(made: Any, variant: Variant) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        usage, text = _tool("-res-usage", file.name), _tool("-sass", file.name)
-    registers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+        command = [_TOOLS / "cuobjdump", "-res-usage", "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
     assert registers is not None
     code = instructions(text)
     all_opcodes = Counter(opcode(instruction) for _, instruction in code)

@@ -1,9 +1,11 @@
 """Launches: data that is complete, and splits that leave no program without work."""
 
 import json
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from nybble.kernels.triton import launch
 from nybble.kernels.triton.launch import Launch, Machine, choose, supports
 
 H200 = Machine("NVIDIA H200", "sm_90", 132)
@@ -45,16 +47,43 @@ def test_no_split_is_empty(tiles: int, steps: int) -> None:
 
 
 def test_splits_fill_the_gpu_and_no_more() -> None:
-    launch = Launch("mma", 8, 64, programs=4)
-    assert 64 * launch.splits(H200, 64, 32) >= 3 * 132
-    assert launch.splits(H200, 16384, 128) == 1
+    decode = Launch("mma", 8, 64, programs=4)
+    assert 64 * decode.splits(H200, 64, 32) >= 3 * 132
+    assert decode.splits(H200, 16384, 128) == 1
     assert Launch("tile", 128, 128).splits(H200, 132, 128) == 1
 
 
-def test_the_rules_are_read_in_order(root: Path) -> None:
-    rules = json.loads((root / "kernels/tuned/default.json").read_text())["rules"]
-    names = {"architectures", "tokens", "kernel", "BM", "BN", "warps", "stages", "programs"}
-    for rule in rules:
-        assert set(rule) <= names | {"bits", "shape"}
-        assert rule["kernel"] in ("mma", "tile", "dense")
-        assert rule["tokens"] is None or rule["tokens"] <= rule["BM"]
+def test_rules_hold_what_is_read_of_them(root: Path) -> None:
+    constants = {"BM", "BN", "warps", "stages", "programs"}
+    for path in (root / "kernels/tuned").glob("*.json"):
+        for rule in json.loads(path.read_text())["rules"]:
+            assert set(rule) <= constants | {"architectures", "tokens", "kernel", "bits", "shape", "sparsity"}
+            assert rule["kernel"] in ("mma", "tile", "sparse24", "dense")
+            assert (rule["kernel"] == "dense") or constants <= set(rule)
+            assert rule["kernel"] == "dense" or rule["tokens"] is None or rule["tokens"] <= rule["BM"]
+
+
+def test_weights_with_sparsity_have_rules_of_their_own() -> None:
+    kernels = [
+        choose(H200, bits, (4096, 4096), m, sparsity="2:4").kernel for bits in (4, 16) for m in (1, 64, 65)
+    ]
+    assert kernels == ["sparse24", "sparse24", "dense"] * 2
+    assert choose(H200, 4, (4096, 4096), 1).kernel == "mma"
+    assert not supports(Machine("", "gfx942", 304), "2:4")
+
+
+def test_a_gpus_own_rules_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = {"shape": [4096, 4096], "tokens": 8, "kernel": "mma", "BM": 8, "BN": 128, "warps": 4, "stages": 2}
+    package = tmp_path / "tuned"
+    package.mkdir()
+    (package / "nvidia-h200.json").write_text(json.dumps({"rules": [mine]}))
+    (package / "default.json").write_text(files("nybble.kernels").joinpath("tuned/default.json").read_text())
+    monkeypatch.setattr(launch, "files", lambda name: tmp_path)
+    launch._file.cache_clear()
+    try:
+        assert choose(H200, 4, (4096, 4096), 5) == Launch("mma", 8, 128, 4, 2)
+        assert choose(H200, 4, (4096, 8192), 5).BN == 64
+        assert choose(H200, 4, (4096, 4096), 9).BM == 16
+        assert choose(Machine("NVIDIA H100", "sm_90", 132), 4, (4096, 4096), 5).BN == 64
+    finally:
+        launch._file.cache_clear()

@@ -39,6 +39,35 @@ def test_refusals_say_why(target: Target, traits: WeightTraits, reason: str) -> 
     assert found is not None and reason in found
 
 
+SPARSE = replace(TRAITS, is_24=True)
+
+
+def test_weights_with_sparsity_are_taken_compressed() -> None:
+    assert choose("linear", CUDA, weight=SPARSE).name == "triton-24"
+    halves = replace(SPARSE, spec=None, dtype=torch.float16)
+    assert choose("linear", CUDA, weight=halves).name == "triton-24"
+    assert choose("linear", CUDA, weight=replace(SPARSE, has_outliers=True)).name == "triton-low-bit"
+    reason = linear.sparse_24.refuses(CUDA, weight=TRAITS)
+    assert reason is not None and "2:4 sparsity only" in reason
+
+
+def test_an_amd_gpu_takes_sparse_codes_as_dense_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Machine, "of", staticmethod(lambda device: Machine("MI300X", "gfx942", 304)))
+    choice = choose("linear", CUDA, weight=SPARSE)
+    assert choice.name == "triton-low-bit"
+    assert ("triton-24", "has no launches for MI300X: needs mma.sp") in choice.refused
+
+
+@pytest.mark.parametrize("columns", [64, 62])
+def test_floats_that_keep_two_of_four_are_seen(columns: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    kept = torch.rand(40, 16, 4, generator=rng).argsort(-1).flatten(1)[:, :columns] < 2
+    values = torch.randn(40, columns, generator=rng) * kept
+    assert WeightTraits.of(PackedWeight(values)).is_24
+    values[37, 4:7] = 1.0
+    assert not WeightTraits.of(PackedWeight(values)).is_24
+
+
 def test_an_old_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Machine, "of", staticmethod(lambda device: Machine("Tesla T4", "sm_75", 40)))
     assert linear.low_bit.refuses(CUDA, weight=TRAITS) == "has no launches for Tesla T4 (sm_75)"

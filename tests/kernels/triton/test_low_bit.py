@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("a GPU is here: kernels are compiled, not interpreted", allow_module_level=True)
 import triton_interpreter  # noqa: E402
-from nybble.kernels.triton import launch, low_bit, packing  # noqa: E402
+from nybble.kernels.triton import launch, low_bit, packing, packing24  # noqa: E402
 
 SM_90 = launch.Machine("interpreted", "sm_90", 9)
 
@@ -111,6 +111,27 @@ def test_a_rule_may_ask_for_the_dense_product(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(low_bit, "choose", lambda *_: launch.Launch("dense"))
     w, x = weight(), x_of(4)
     assert error(w, x, linear(w)(x)) < 5e-4
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("tokens", [1, 20, 70])
+def test_compressed_weights_give_the_same_bits_in_any_order(halves: bool, tokens: int) -> None:
+    rng = torch.Generator().manual_seed(6)
+    kept = (torch.rand(72, 160, 4, generator=rng).argsort(-1) < 2).flatten(1)
+    w = weight()
+    if halves:
+        w = PackedWeight((torch.randn(72, 640, generator=rng) * kept).half(), bias=w.bias)
+    else:
+        w = replace(w, values=torch.where(kept, w.values, 8).to(torch.uint8))
+    built = low_bit.Sparse24Linear(packing24.pack24(w, "cpu", torch.float16), SM_90)
+    results = []
+    for seed in range(2):
+        triton_interpreter.shuffle(seed)
+        results.append(built(x_of(tokens)))
+        assert not built._locks.any()
+    assert torch.equal(*results)
+    assert error(w, x_of(tokens), results[0]) < 5e-4
+    assert torch.equal(built.dense(torch.float16), w.dequantize(torch.float64).half())
 
 
 def test_bytes_are_counted() -> None:

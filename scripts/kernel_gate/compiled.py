@@ -17,7 +17,8 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from .machines import Machine
-from .sass import instructions, main_loop, opcode
+from .model import tile_tokens
+from .sass import instructions, is_matrix, main_loop, opcode
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -51,11 +52,6 @@ def compile_variant(variant: Variant, machine: Machine) -> dict[str, Any]:
     return {"shared": made.metadata.shared, **found}
 
 
-def tile_tokens(variant: Variant) -> int:
-    """Tokens of the tile."""
-    return int(variant.constexprs["BM"])
-
-
 def _read_cuda(made: Any, variant: Variant) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
@@ -72,7 +68,7 @@ def _read_cuda(made: Any, variant: Variant) -> dict[str, Any]:
         "registers": int(registers[1]),
         "spills": spills + int(registers[4]),
         "opcodes": dict(all_opcodes),
-        "mma": sorted(name for name in all_opcodes if "MMA" in name),
+        "mma": sorted(filter(is_matrix, all_opcodes)),
         "loop": None,
     }
     if loop is not None:

@@ -22,7 +22,6 @@ from typing import Any
 
 from nybble.kernels.triton.variants import Variant
 
-from .compiled import tile_tokens
 from .machines import Machine
 from .sass import LANES, Loop
 
@@ -40,6 +39,11 @@ class Prediction:
     share: float
     blocks: int
     bound: str
+
+
+def tile_tokens(variant: Variant) -> int:
+    """Tokens of the tile."""
+    return int(variant.constexprs["BM"])
 
 
 def issue_limits(variant: Variant, machine: Machine, found: Mapping[str, Any]) -> dict[str, float]:

@@ -69,6 +69,11 @@ def opcode(instruction: str) -> str:
     return instruction.split()[0]
 
 
+def is_matrix(name: str) -> bool:
+    """Whether an opcode is a matrix instruction; HFMA2.MMA is not, whatever its name."""
+    return name.split(".")[0].endswith("MMA")
+
+
 def main_loop(code: list[tuple[int, str]]) -> Loop | None:
     """The shortest of the loops with most matrix instructions; None where no loop has any."""
     best: tuple[int, int, list[str]] | None = None
@@ -77,7 +82,7 @@ def main_loop(code: list[tuple[int, str]]) -> Loop | None:
         if branch is None or int(branch[1], 16) >= address:
             continue
         body = [opcode(i) for a, i in code if int(branch[1], 16) <= a <= address]
-        matrix = sum("MMA" in name for name in body)
+        matrix = sum(map(is_matrix, body))
         if matrix and (best is None or (matrix, -len(body)) > best[:2]):
             best = (matrix, -len(body), body)
     return None if best is None else Loop(Counter(best[2]))

@@ -1,0 +1,116 @@
+"""What the compile gate reads off machine code, and what it predicts from it, against counts by hand."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nybble.kernels.triton.variants import Variant
+
+
+@pytest.fixture(autouse=True)
+def scripts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(root / "scripts"))
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;          /* 0x00000a00ff017b82 */
+        /*0010*/                   ISETP.GE.AND P0, PT, R2, R3, PT ;
+        /*0020*/              @!P0 LDGSTS.E.BYPASS.LTC128B.128 [R4], desc[UR4][R6.64] ;
+        /*0030*/                   LOP3.LUT R8, R9, 0xf000f, R10, 0xea, !PT ;
+        /*0040*/                   HFMA2.MMA R8, R8, R11, R12 ;
+        /*0050*/                   HMMA.16816.F32 R12, R8, R14, R12 ;
+        /*0060*/                   HMMA.16816.F32 R12, R8, R14, R12 ;
+        /*0070*/                   I2F.F16 R3, R2 ;
+        /*0080*/              @!P0 BRA 0x30 ;
+        /*0090*/               @P1 BRA `(.L_x_2) ;
+        /*00a0*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*00b0*/               @P2 BRA 0x10 ;
+        /*00c0*/                   EXIT ;
+"""
+VARIANT = Variant(
+    "by hand", "mma_linear:mma_linear", ("sm_90",), {}, {"BM": 8, "BN": 64, "STAGES": 4}, 4, 4, {}, True, 64.0,
+    3.0, 4.125,
+)  # fmt: skip
+
+
+def found(**given: Any) -> dict[str, Any]:
+    loop = {"LOP3.LUT": 64, "HFMA2": 64, "HMMA.16816.F32": 8, "BRA": 1, "I2F.F16": 7}
+    return {"registers": 48, "shared": 24576, "loop": loop, "weights_per_thread": 64.0} | given
+
+
+def test_the_innermost_loop_with_the_matrix_instructions() -> None:
+    from kernel_gate.sass import instructions, main_loop
+
+    code = instructions(SASS)
+    assert [address for address, _ in code] == list(range(0, 0xD0, 0x10))
+    loop = main_loop(code)
+    assert loop is not None
+    # HFMA2.MMA is a name of the half-precision pipe, not a matrix instruction: two are.
+    assert loop.size == 6
+    assert loop.weights_per_warp(8) == 2 * 256
+    assert loop.weights_per_warp(16) == 256
+    assert (loop.pipe("integer"), loop.pipe("float"), loop.pipe("conversion")) == (1, 1, 1)
+    assert main_loop(instructions(SASS.replace("HMMA", "FADD"))) is None
+
+
+def test_issue_limits() -> None:
+    from kernel_gate.machines import MACHINES
+    from kernel_gate.model import issue_limits
+
+    limits = issue_limits(VARIANT, MACHINES["sm_90"], found())
+    weights_per_second = 132 * 1.755e9 * 64
+    terabytes = 4.125 / 8 / 1e12
+    assert limits["issue"] == pytest.approx(weights_per_second / (144 / 128) * terabytes)
+    assert limits["integer"] == pytest.approx(weights_per_second / (64 / 64) * terabytes)
+    assert limits["conversion"] == pytest.approx(weights_per_second / (7 / 16) * terabytes)
+
+
+def test_predictions() -> None:
+    from kernel_gate.machines import MACHINES
+    from kernel_gate.model import FIXED, best_prediction, predict, resident_blocks
+
+    machine = MACHINES["sm_90"]
+    assert resident_blocks(VARIANT, machine, found()) == 233472 // (24576 + 1024)
+    large = predict(VARIANT, machine, found(), (16384, 16384, 1), 1)
+    assert large.blocks == 256
+    memory = (16384 * 16384 * 4.125 / 8 + 2 * 2 * 16384) / 4.3e12
+    assert large.seconds >= FIXED + memory
+    assert large.share == pytest.approx(memory / large.seconds)
+    # One block on each of 32 SMs cannot draw the bandwidth of 132; splitting K helps.
+    narrow = predict(VARIANT, machine, found(), (2048, 8192, 1), 1)
+    split, splits = best_prediction(VARIANT, machine, found(), (2048, 8192, 1))
+    assert narrow.bound == "SM"
+    assert splits > 1
+    assert split.seconds < narrow.seconds
+    # A tile of more outputs reads the activations less often.
+    tall = replace(VARIANT, constexprs={"BM": 16, "BN": 64, "STAGES": 4})
+    wide = replace(VARIANT, constexprs={"BM": 16, "BN": 256, "STAGES": 4})
+    by_width = [predict(v, machine, found(), (16384, 16384, 16), 4).seconds for v in (tall, wide)]
+    assert by_width[1] < by_width[0]
+    assert all(math.isfinite(seconds) for seconds in by_width)
+
+
+def test_rules_on_counts() -> None:
+    from kernel_gate.machines import MACHINES
+    from kernel_gate.rules import broken_rules
+
+    variant = replace(VARIANT, mma={"sm_90": "HMMA.16816"}, constexprs={"BM": 8, "BN": 64, "BITS": 4})
+    sound = {"LDGSTS.E.BYPASS.LTC128B.128": 4, "HMMA.16816.F32": 8, "LOP3.LUT": 60}
+    base = {"spills": 0, "mma": ["HMMA.16816.F32"]}
+
+    def broken(bits: int = 4, **loop: int) -> str:
+        case = replace(variant, constexprs=variant.constexprs | {"BITS": bits})
+        counts = Counter(sound) + Counter({name.replace("_", "."): n for name, n in loop.items()})
+        return "; ".join(broken_rules(case, MACHINES["sm_90"], found(**base, loop=dict(counts))))
+
+    assert broken() == ""
+    assert "become floats" in broken(I2F_F16=1)
+    assert "1 shuffles" in broken(SHFL_BFLY=1)
+    assert "spills in the loop" in broken(LDL=2)
+    assert "narrow copies" in broken(LDGSTS_E_LTC128B=1)
+    assert "narrow copies" in broken(LDGSTS_E_LTC128B_64=1)
+    assert broken(bits=3, LDGSTS_E_LTC128B_64=1) == ""
+    assert "the budget is 3.0" in broken(IMAD=300)

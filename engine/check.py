@@ -18,7 +18,7 @@ from .formats.safetensors_files import SafetensorsFiles, TensorInfo, find_shards
 from .hardware import available_memory
 from .memory import gib, plan_kv_cache, request_bytes, resolve_max_model_len
 from .model.config import ModelConfig
-from .model.loader import LayerKernel, LoadReport, resolve_target, spec_text
+from .model.loader import LayerKernel, LoadReport, resolve_target, says_24, spec_text
 from .model.plan import EMBEDDING, LM_HEAD, Part, Slot, find_problems, part_format, part_tensors, weight_plan
 from .model_files import ModelFiles
 from .step_model import kv_cache_dtype, tape_refusal
@@ -219,7 +219,7 @@ def estimate_weights(
         for out, in_, spec, dtype in _fused(slot, checkpoint_format, found):
             has_g_idx = spec is not None and spec.actorder == "group"
             plain = spec is not None and (spec.num_bits, spec.symmetric, has_g_idx) == (4, True, False)
-            is_24 = plain and checkpoint_format.sparsity == "2:4"
+            is_24 = plain and says_24(slot, checkpoint_format)
             traits = WeightTraits(out, in_, spec, dtype, 0.0, has_g_idx, is_24)
             choice = choose("linear", target, weight=traits)
             key = (choice.name, out, in_, spec, dtype)

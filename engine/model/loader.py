@@ -189,7 +189,7 @@ def _load_linear(
     notes += [
         f"warning: {part.name}: the checkpoint says 2:4, but {reason}; {slot.name} is served without that"
         for part, weight in zip(slot.parts, parts, strict=True)
-        if checkpoint_format.sparsity == "2:4" and checkpoint_format.spec(part.name) is not None
+        if says_24(slot, checkpoint_format) and checkpoint_format.spec(part.name) is not None
         if (reason := weight.why_not_24()) is not None
     ]
     fused = PackedWeight.cat(parts)
@@ -200,6 +200,11 @@ def _load_linear(
         for choice, weight in zip(linear.choices, fused, strict=True)
     ]
     return linear, layers, notes
+
+
+def says_24(slot: Slot, checkpoint_format: Format) -> bool:
+    """Whether the checkpoint says that two of four weights are zero; it means the decoder's blocks."""
+    return checkpoint_format.sparsity == "2:4" and slot.name != LM_HEAD
 
 
 def _rounded_head(parts: list[PackedWeight], round_head: RoundHead) -> tuple[list[PackedWeight], list[str]]:

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from nybble.engine.check import check_model
+from nybble.engine.config import EngineConfig
 from nybble.engine.errors import ConfigError
 from nybble.engine.formats.registry import format_of, get_format
 from nybble.engine.formats.safetensors_files import SafetensorsFiles
+from nybble.engine.model.loader import load_model
 from nybble.engine.model_files import ModelFiles
 from nybble.engine.quantize.job import quantize
 from nybble.engine.quantize.options import QuantizeOptions
@@ -96,3 +99,15 @@ def test_what_cannot_be_is_refused_at_once(
     with pytest.raises(ConfigError, match=says):
         run(folder, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_rounded_head_beside_2_4_is_not_held_to_it(make_model: Any, tmp_path: Path) -> None:
+    folder, _ = make_model("llama")
+    run(folder, tmp_path / "out", method="sparse24", prune="magnitude", lm_head_bits=8)
+    stored = format_of(ModelFiles(tmp_path / "out"))
+    assert stored.sparsity == "2:4"
+    assert stored.spec("lm_head") is not None
+    config = EngineConfig(str(tmp_path / "out"), "cpu", "float32")
+    loaded = load_model(ModelFiles(tmp_path / "out"), config, lambda *_: None)
+    assert loaded.report.notes == ()
+    assert check_model(tmp_path / "out", config).kernels == loaded.report.lines()

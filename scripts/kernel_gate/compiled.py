@@ -18,7 +18,7 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from .machines import Machine
 from .model import tile_tokens
-from .sass import instructions, is_matrix, main_loop, opcode
+from .sass import instructions, is_matrix, main_loop, misplaced_operands, opcode
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -49,7 +49,8 @@ def compile_variant(variant: Variant, machine: Machine) -> dict[str, Any]:
         options={"num_warps": variant.num_warps, "num_stages": variant.num_stages, **variant.options},
     )
     found = _read_cuda(made, variant) if machine.is_cuda else _read_amd(made)
-    return {"shared": made.metadata.shared, **found}
+    misplaced = misplaced_operands(made.asm["ttgir"])
+    return {"shared": made.metadata.shared, "misplaced": misplaced, **found}
 
 
 def _read_cuda(made: Any, variant: Variant) -> dict[str, Any]:

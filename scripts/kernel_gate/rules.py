@@ -22,9 +22,12 @@ def broken_rules(variant: Variant, machine: Machine, found: Mapping[str, Any]) -
         broken.append(f"{found['shared']} bytes of shared memory, a block has {machine.shared_limit}")
     if found["registers"] > (512 if not machine.is_cuda else 255):
         broken.append(f"{found['registers']} registers")
-    wanted = variant.mma[machine.target]
+    wanted = variant.mma.get(machine.target)
+    if wanted is None:  # moves or unpacks, multiplies nothing
+        return broken
     if not any(name.startswith(wanted) for name in found["mma"]):
         broken.append(f"no {wanted}: {found['mma'] or 'no matrix instruction at all'}")
+    broken += [f"an operand of an inline MMA is not its fragment: {text}" for text in found["misplaced"]]
     if machine.is_cuda:
         broken += _loop_rules(variant, found)
     return broken

@@ -86,3 +86,27 @@ def main_loop(code: list[tuple[int, str]]) -> Loop | None:
         if matrix and (best is None or (matrix, -len(body)) > best[:2]):
             best = (matrix, -len(body), body)
     return None if best is None else Loop(Counter(best[2]))
+
+
+def misplaced_operands(ttgir: str) -> list[str]:
+    """Layouts of operands of inline assembly with an MMA that are not a warp's fragments.
+
+    Such assembly means lanes and registers: the last axis must be what a lane packs, the one before it the
+    32 lanes of a warp. The interpreter takes that for granted; here the compiler's own module tells.
+    """
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\S+<.*>)$", ttgir, re.M))
+    wrong = []
+    for line in re.findall(r"^.*tt\.elementwise_inline_asm .*mma\..*$", ttgir, re.M):
+        packed = re.search(r"packed_element = (\d+)", line)
+        assert packed is not None
+        for name in sorted(set(re.findall(r"tensor<[^<>]*, (#\w+)>", line))):
+            text = layouts.get(name, name)
+            sizes = re.search(r"sizePerThread = \[(.*?)\], threadsPerWarp = \[(.*?)\].*order = \[(\d+)", text)
+            parts = [] if sizes is None else [[int(n) for n in sizes[i].split(", ")] for i in (1, 2)]
+            if not parts or (
+                parts[0] != [1] * (len(parts[0]) - 1) + [int(packed[1])]
+                or parts[1] != [1] * (len(parts[1]) - 2) + [32, 1]
+                or int(sizes[3]) != len(parts[0]) - 1  # type: ignore[index]
+            ):
+                wrong.append(text)
+    return wrong

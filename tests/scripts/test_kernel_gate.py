@@ -31,8 +31,8 @@ SASS = """
         /*00c0*/                   EXIT ;
 """
 VARIANT = Variant(
-    "by hand", "mma_linear:mma_linear", ("sm_90",), {}, {"BM": 8, "BN": 64, "STAGES": 4}, 4, 4, {}, True, 64.0,
-    3.0, 4.125,
+    "by hand", "mma_linear:mma_linear", ("sm_90",), {}, {"BM": 8, "BN": 64, "STAGES": 4}, 4, 4, {}, True,
+    64.0, 3.0, 4.125,
 )  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def test_rules_on_counts() -> None:
 
     variant = replace(VARIANT, mma={"sm_90": "HMMA.16816"}, constexprs={"BM": 8, "BN": 64, "BITS": 4})
     sound = {"LDGSTS.E.BYPASS.LTC128B.128": 4, "HMMA.16816.F32": 8, "LOP3.LUT": 60}
-    base = {"spills": 0, "mma": ["HMMA.16816.F32"]}
+    base = {"spills": 0, "misplaced": [], "mma": ["HMMA.16816.F32"]}
 
     def broken(bits: int = 4, **loop: int) -> str:
         case = replace(variant, constexprs=variant.constexprs | {"BITS": bits})
@@ -114,3 +114,19 @@ def test_rules_on_counts() -> None:
     assert "narrow copies" in broken(LDGSTS_E_LTC128B_64=1)
     assert broken(bits=3, LDGSTS_E_LTC128B_64=1) == ""
     assert "the budget is 3.0" in broken(IMAD=300)
+
+
+TTGIR = """
+#good = #ttg.blocked<{sizePerThread = [1, 1, 4], threadsPerWarp = [1, 32, 1], warpsPerCTA = [4, 1, 1], order = [2, 1, 0]}>
+#bad = #ttg.blocked<{sizePerThread = [1, 4, 1], threadsPerWarp = [1, 8, 4], warpsPerCTA = [4, 1, 1], order = [2, 1, 0]}>
+  %1 = tt.elementwise_inline_asm "mma.sp::x" {packed_element = 4 : i32} %0 : tensor<4x32x4xi32, #good> -> tensor<4x32x4xf32, #good>
+  %2 = tt.elementwise_inline_asm "lop3.b32" {packed_element = 1 : i32} %0 : tensor<4x32x4xi32, #bad> -> tensor<4x32x4xf32, #bad>
+"""  # noqa: E501
+
+
+def test_operands_of_inline_mma() -> None:
+    from kernel_gate.sass import misplaced_operands
+
+    assert misplaced_operands(TTGIR) == []
+    assert len(misplaced_operands(TTGIR.replace("#good>", "#bad>"))) == 1
+    assert len(misplaced_operands(TTGIR.replace("packed_element = 4", "packed_element = 2"))) == 1

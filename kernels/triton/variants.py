@@ -16,11 +16,11 @@ _MATRIX = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 class Variant:
     """One kernel with its launch constants, for ``triton.compile``.
 
-    kernel: "module:function" below this package. signature: every runtime argument's type, in order; pointers
-    and ``aligned`` integers are divisible by 16. mma: machine instruction that must be there, by target.
-    decode: the main loop must have no shuffles, no int-to-float and 16-byte (3 bits: 8-byte) copies.
-    weights: of a thread in one pass of the main loop; budget: main-loop instructions per weight, at most.
-    bits: read per weight.
+    kernel: "module:function" below this package. signature: every runtime argument's type, in order;
+    pointers and ``aligned`` integers are divisible by 16. mma: machine instruction that must be there, by
+    target; empty for kernels that multiply nothing. decode: the main loop must have no shuffles, no
+    int-to-float and 16-byte (3 bits: 8-byte) copies. weights: of a thread in one pass of the main loop;
+    budget: main-loop instructions per weight, at most. bits: read per weight.
     """
 
     name: str
@@ -77,6 +77,7 @@ def variants() -> list[Variant]:
         for dtype in ("fp16", "bf16"):
             found += _sparse24(bits, dtype, 8, TARGETS[:5])
     found += _sparse24(4, "fp16", 64, ("sm_80", "sm_90"))
+    found += _helpers()
     return list({v.name + str(v.targets): v for v in found}.values())
 
 
@@ -117,6 +118,30 @@ def _sparse24(bits: int, dtype: str, tokens: int, targets: tuple[str, ...]) -> l
             bits=3 + 16 / 128 if bits == 4 else 9,
         )
     ]
+
+
+def _helpers() -> list[Variant]:
+    """What arranges activations, and what makes dense matrices."""
+    packed = {"words": "*i32", "scales": "*fp16", "zeros": "*u8", "out": "*bf16", "N": "i32", "K": "i32"}
+    overlay = {"starts": "*i32", "values": "*bf16", "rows": "*u8", "cols": "*i16", "out": "*bf16", "K": "i32"}
+    moved = {"x": "*bf16", "order": "*i32", "out": "*bf16", "K_IN": "i32", "K": "i32"}
+    sparse = {"words": "*i32", "meta": "*i32", "scales": "*fp16", "out": "*bf16", "N": "i32", "K": "i32"}
+    found = [
+        _helper("arrange:arrange", TARGETS, moved, {"BLOCK": 1024}),
+        _helper("dequantize:add_overlay", TARGETS, overlay, {}),
+        _helper("dequantize:expand24", TARGETS[:5], sparse, {"BITS": 4, "GROUP": 128}),
+    ]
+    for targets in (TARGETS[:5], TARGETS[5:]):
+        constants = {"BITS": 4, "GROUP": 128, "ZEROS": True, "ASM": targets[0].startswith("sm")}
+        found.append(_helper("dequantize:dequantize", targets, packed, constants))
+    return found
+
+
+def _helper(
+    kernel: str, targets: tuple[str, ...], signature: dict[str, str], constants: dict[str, Any]
+) -> Variant:
+    name = kernel.rpartition(":")[2]
+    return Variant(name, kernel, targets, signature, constants, 4, 3, {}, False, 1, 0, 0)
 
 
 def _variant(kind: _Kind, launch: Launch, targets: list[str]) -> Variant:

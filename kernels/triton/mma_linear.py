@@ -133,13 +133,13 @@ def mma_linear(
     for stage in gl.static_range(STAGES - 1):
         at = words_at + stage * (256 * BITS)
         _copy(at, words_in, x_at + stage * STEP, x_in, tokens, stage, stage < count, BITS)
+    first = gl.zeros([BN, BM], gl.float32, mma_layout(WARPS))
+    if SPARSE:  # while the first steps are on their way
+        first = _sparse_sum(x, starts, values, rows, cols, pn, pm, splits, M, K, BM, BN, WARPS)
     acc = _sum(
-        x_in, words_in, x_at + (STAGES - 1) * STEP, words_at + (STAGES - 1) * (256 * BITS), tokens, count,
-        scales, zeros, pn, N, begin, BITS, GROUP, ZEROS, SCALE_WEIGHTS, BM, BN, STAGES, WARPS,
+        first, x_in, words_in, x_at + (STAGES - 1) * STEP, words_at + (STAGES - 1) * (256 * BITS), tokens,
+        count, scales, zeros, pn, N, begin, BITS, GROUP, ZEROS, SCALE_WEIGHTS, BM, BN, STAGES, WARPS,
     )  # fmt: skip
-    if SPARSE:
-        sparse = _sparse_sum(x, starts, values, rows, cols, pn, pm, splits, M, K, BM, BN, WARPS)
-        acc += gl.convert_layout(sparse, mma_layout(WARPS), assert_trivial=True)
     LO: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [1, WARPS], [0, 1])
     acc = gl.convert_layout(acc, LO)
     n = gl.arange(0, BN, gl.SliceLayout(1, LO))
@@ -150,11 +150,11 @@ def mma_linear(
 
 @gluon.jit
 def _sum(
-    x_in, words_in, x_at, words_at, tokens, count, scales, zeros, pn, N, begin,
+    first_sum, x_in, words_in, x_at, words_at, tokens, count, scales, zeros, pn, N, begin,
     BITS: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr, SCALE_WEIGHTS: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """The sums [BN, BM] over ``count`` steps from ``begin``. x_at, words_at: what is to be copied next."""
+    """``first_sum`` and the sums [BN, BM] of ``count`` steps from ``begin``. *_at: what is copied next."""
     L: gl.constexpr = mma_layout(WARPS)
     PARTS: gl.constexpr = STEP // GROUP if GROUP else 1  # the inputs of a part share scales
     LP: gl.constexpr = word_layout(max(1, min(vector(BITS), vector(BITS) * vectors(BITS) // PARTS)), WARPS)
@@ -164,7 +164,8 @@ def _sum(
     fragment_row = first + _axis(BN // 16, 1, LP) * 16 + _axis(8, 2, LP)
     pairs_at = scales + fragment_row
     zeros_at = zeros + fragment_row
-    acc = gl.zeros([BN, BM], gl.float32, L)
+    LATER: gl.constexpr = GROUP == 0 and not SCALE_WEIGHTS  # one scale for all: it is applied at the end
+    acc = gl.zeros([BN, BM], gl.float32, L) if LATER else first_sum
     slot = 0
     for step in range(count):
         async_copy.wait_group(STAGES - 2)
@@ -190,8 +191,8 @@ def _sum(
             pairs_at += PARTS * padded
             zeros_at += PARTS * padded
         slot = gl.where(slot == STAGES - 1, 0, slot + 1)
-    if GROUP == 0 and not SCALE_WEIGHTS:
-        acc *= gl.expand_dims(gl.load(scales_at).to(gl.float32), 1)
+    if LATER:
+        acc = acc * gl.expand_dims(gl.load(scales_at).to(gl.float32), 1) + first_sum
     return acc
 
 
@@ -227,8 +228,8 @@ def _sparse_sum(
 ):  # fmt: skip
     """The overlay's part of the sums: [BN, BM].
 
-    Chunks of 16 entries for each 16 outputs, as MMAs: A has an entry's value in its row, B the activations
-    that the entries meet. Splits take chunks in turn. The tile's BN / 64 blocks differ in number of chunks.
+    Two chunks at a time, each of 16 entries for each 16 outputs, as MMAs: A has an entry's value in its row,
+    B the activations that the entries meet. Splits take chunks in turn. Blocks differ in chunks.
     """
     NT: gl.constexpr = BN // 16
     L: gl.constexpr = sparse_layout(WARPS)
@@ -236,27 +237,31 @@ def _sparse_sum(
     LB: gl.constexpr = gl.DotOperandLayout(1, L, 2)
     COLUMNS: gl.constexpr = 0xFFFF if cols.dtype.element_ty == gl.int16 else 0x7FFFFFFF
     acc = gl.zeros([NT, 16, BM], gl.float32, L)
+    starts += pn * (NT // 4)
     most = 0
     for block in gl.static_range(NT // 4):
-        start = starts + pn * (NT // 4) + block
-        most = gl.maximum(most, gl.load(start + 1) - gl.load(start))
+        most = gl.maximum(most, gl.load(starts + block + 1) - gl.load(starts + block))
     nt_a = _axis3(NT, 0, LA)
     nt_b = _axis3(NT, 0, LB)
-    first_a = gl.load(starts + pn * (NT // 4) + nt_a // 4)
-    first_b = gl.load(starts + pn * (NT // 4) + nt_b // 4)
-    end_a = gl.load(starts + pn * (NT // 4) + nt_a // 4 + 1)
-    end_b = gl.load(starts + pn * (NT // 4) + nt_b // 4 + 1)
-    at_a = nt_a % 4 * 16 + _axis3(16, 2, LA)
-    at_b = nt_b % 4 * 16 + _axis3(16, 1, LB)
+    entry_a = _axis3(2 * 16, 2, LA)
+    entry_b = _axis3(2 * 16, 1, LB)
+    chunk_a = gl.load(starts + nt_a // 4) + entry_a // 16
+    chunk_b = gl.load(starts + nt_b // 4) + entry_b // 16
+    end_a = gl.load(starts + nt_a // 4 + 1)
+    end_b = gl.load(starts + nt_b // 4 + 1)
+    at_a = nt_a % 4 * 16 + entry_a % 16
+    at_b = nt_b % 4 * 16 + entry_b % 16
     row = _axis3(16, 1, LA)
     token = pm * BM + _axis3(BM, 2, LB)
-    for chunk in range(gl.program_id(1), most, splits):
-        live = first_a + chunk < end_a
-        at = (first_a + chunk) * 64 + at_a
-        value = gl.load(values + at, mask=live, other=0.0)
-        a = gl.where(gl.load(rows + at, mask=live, other=0).to(gl.int32) == row, value, 0.0)
-        col = gl.load(cols + (first_b + chunk) * 64 + at_b, mask=first_b + chunk < end_b, other=0)
-        col = col.to(gl.int32) & COLUMNS
-        b = gl.load(x + token.to(gl.int64) * K + col, mask=token < M, other=0.0)
+    x_at = x + token.to(gl.int64) * K
+    for chunk in range(gl.program_id(1) * 2, most, splits * 2):
+        at = (chunk_a + chunk) * 64 + at_a
+        value = gl.load(values + at, mask=chunk_a + chunk < end_a, other=0.0)
+        a = gl.where(
+            gl.load(rows + at, mask=chunk_a + chunk < end_a, other=0).to(gl.int32) == row, value, 0.0
+        )
+        live = chunk_b + chunk < end_b
+        col = gl.load(cols + (chunk_b + chunk) * 64 + at_b, mask=live, other=0).to(gl.int32) & COLUMNS
+        b = gl.load(x_at + col, mask=token < M, other=0.0)
         acc = mma_v2(a, b, acc)
-    return gl.reshape(acc, [BN, BM])
+    return gl.convert_layout(gl.reshape(acc, [BN, BM]), mma_layout(WARPS), assert_trivial=True)

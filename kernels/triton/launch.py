@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any
 
@@ -77,16 +77,22 @@ class Launch:
         """
         if self.BM > 64 and tiles >= machine.multiprocessors:
             return 1
-        best, chosen = float("inf"), 1
-        for parts in range(1, max(1, steps // MIN_STEPS) + 1):
-            each = -(-steps // parts)
-            busiest = -(-tiles * parts // machine.multiprocessors)
-            cost = max(busiest, self.programs) * (each + 1)
-            if cost < best and (parts - 1) * each < steps:
-                best, chosen = cost, parts
-        return chosen
+        return _splits(self.programs, machine.multiprocessors, tiles, steps)
 
 
+@lru_cache(maxsize=4096)
+def _splits(programs: int, multiprocessors: int, tiles: int, steps: int) -> int:
+    best, chosen = float("inf"), 1
+    for parts in range(1, max(1, steps // MIN_STEPS) + 1):
+        each = -(-steps // parts)
+        busiest = -(-tiles * parts // multiprocessors)
+        cost = max(busiest, programs) * (each + 1)
+        if cost < best and (parts - 1) * each < steps:
+            best, chosen = cost, parts
+    return chosen
+
+
+@lru_cache(maxsize=4096)
 def choose(
     machine: Machine, bits: int, shape: tuple[int, int], tokens: int, sparsity: str | None = None
 ) -> Launch:

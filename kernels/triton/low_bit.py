@@ -40,6 +40,11 @@ class _Weight(Protocol):
     def nbytes(self) -> int: ...
 
 
+def _unused(weight: _Weight, dtype: torch.dtype) -> Tensor:
+    """A pointer that is not followed, of the type that it has where it is: one more type, one more kernel."""
+    return weight.words.view(dtype)
+
+
 class _PackedLinear(ABC):
     """Takes x [T, in_features] fp16 or bf16, gives [T, out_features] of its type.
 
@@ -75,10 +80,10 @@ class _PackedLinear(ABC):
         splits = 1
         if tiles <= len(self._locks):
             splits = launch.splits(self._machine, tiles, w.inputs // STEP.value)
-        partial = w.words
+        partial = _unused(w, torch.float32)
         if splits > 1:
             partial = x.new_empty(tiles * splits * launch.BM * launch.BN, dtype=torch.float32)
-        bias, num_bias = (w.words, 0) if w.bias is None else (w.bias, w.out_features)
+        bias, num_bias = (_unused(w, torch.float32), 0) if w.bias is None else (w.bias, w.out_features)
         tail = (out, partial, self._locks, len(x), w.out_features, w.inputs, splits, num_bias)
         self._launch(launch, (tiles_n, splits, tiles_m), (x, bias, tail))
         return out
@@ -121,9 +126,12 @@ class LowBitLinear(_PackedLinear):
 
     def _launch(self, launch: Launch, grid: tuple[int, int, int], arguments: tuple[Any, Any, Any]) -> None:
         w, (x, bias, tail) = self.weight, arguments
-        unused = w.words
-        overlay = (unused,) * 4 if w.overlay is None else w.overlay.tensors
-        zeros = unused if w.zeros is None else w.zeros
+        zeros = _unused(w, torch.uint8) if w.zeros is None else w.zeros
+        if w.overlay is None:
+            types = (torch.int32, x.dtype, torch.uint8, torch.int16)
+            overlay = tuple(_unused(w, dtype) for dtype in types)
+        else:
+            overlay = w.overlay.tensors
         constants: dict[str, Any] = {
             "BITS": w.bits, "GROUP": w.group, "ZEROS": w.zeros is not None, "SPARSE": w.overlay is not None,
             "SCALE_WEIGHTS": launch.scales_weights(w.group), "BM": launch.BM, "BN": launch.BN,
@@ -140,7 +148,7 @@ class LowBitLinear(_PackedLinear):
         """The weight as a matrix [out_features, K] of ``dtype``, its inputs arranged."""
         w = self.weight
         out = torch.empty(self._shape, dtype=dtype, device=w.words.device)
-        zeros = w.words if w.zeros is None else w.zeros
+        zeros = _unused(w, torch.uint8) if w.zeros is None else w.zeros
         grid = (self._shape[0] // ROWS.value, w.inputs // STEP.value)
         dequantize[grid](
             w.words, w.scales, zeros, out, w.out_features, w.inputs,
@@ -164,7 +172,7 @@ class Sparse24Linear(_PackedLinear):
     def _launch(self, launch: Launch, grid: tuple[int, int, int], arguments: tuple[Any, Any, Any]) -> None:
         w, (x, bias, tail) = self.weight, arguments
         sparse24_linear[grid](
-            x, w.words, w.meta, w.words if w.scales is None else w.scales, bias, *tail,
+            x, w.words, w.meta, _unused(w, torch.float16) if w.scales is None else w.scales, bias, *tail,
             BITS=w.bits, GROUP=w.group, BM=launch.BM, BN=launch.BN, STAGES=launch.stages,
             WARPS=launch.warps, num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
@@ -173,7 +181,7 @@ class Sparse24Linear(_PackedLinear):
         """The weight as a matrix [out_features, K] of ``dtype``, its inputs arranged."""
         w = self.weight
         out = torch.empty(self._shape, dtype=dtype, device=w.words.device)
-        scales = w.words if w.scales is None else w.scales
+        scales = _unused(w, torch.float16) if w.scales is None else w.scales
         grid = (self._shape[0] // ROWS.value, w.inputs // STEP.value)
         expand24[grid](w.words, w.meta, scales, out, w.out_features, w.inputs, BITS=w.bits, GROUP=w.group)
         return out[: w.out_features]

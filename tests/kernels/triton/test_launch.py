@@ -79,11 +79,13 @@ def test_a_gpus_own_rules_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (package / "nvidia-h200.json").write_text(json.dumps({"rules": [mine]}))
     (package / "default.json").write_text(files("nybble.kernels").joinpath("tuned/default.json").read_text())
     monkeypatch.setattr(launch, "files", lambda name: tmp_path)
-    launch._file.cache_clear()
+    for cached in (launch._file, launch.choose):
+        cached.cache_clear()
     try:
         assert choose(H200, 4, (4096, 4096), 5) == Launch("mma", 8, 128, 4, 2)
         assert choose(H200, 4, (4096, 8192), 5).BN == 64
         assert choose(H200, 4, (4096, 4096), 9).BM == 16
         assert choose(Machine("NVIDIA H100", "sm_90", 132), 4, (4096, 4096), 5).BN == 64
     finally:
-        launch._file.cache_clear()
+        for cached in (launch._file, launch.choose):
+            cached.cache_clear()

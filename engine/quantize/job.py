@@ -41,6 +41,7 @@ _WEIGHT_FILES = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack)(\.index\.json)?", re.IGNORECASE
 )
 _REWRITTEN = ("config.json", "quantize_config.json")
+LEAST_TOKENS = 64  # of calibration text
 
 
 @dataclass(slots=True)
@@ -158,6 +159,11 @@ def _calibration(options: QuantizeOptions, method: Method, source: Source, log: 
         raise ConfigError(
             f"MODEL {source.model.folder}: its tokenizer gives id {highest}, but the vocabulary has "
             f"{source.config.vocab_size}; the tokenizer belongs to another model"
+        )
+    if found.num_tokens < LEAST_TOKENS:
+        raise ConfigError(
+            f"--calibration {found.name}: {found.num_tokens} tokens are too few to tell inputs apart; give "
+            f"{LEAST_TOKENS} at the least (some thousand are usual), or use --method rtn"
         )
     log(f"calibration: {len(found.sequences)} sequences, {found.num_tokens} tokens of {found.name}")
     if found.num_tokens < 4 * source.config.hidden_size:

@@ -28,6 +28,7 @@ USERS: dict[str, tuple[str, ...]] = {
     "significant_percent": ("requant",),
     "detach_steps": ("requant",),
     "pqi_intervals": ("requant",),
+    "budget_bits": ("requant",),
     "gradient_samples": ("requant", "gwq"),
 }
 
@@ -42,11 +43,12 @@ class QuantizeOptions:
     lm_head_bits None: the output head stays as it is; else it is rounded to nearest.
     calibration None: the text in this package. damping: share of the mean of H's diagonal.
     mse: exponent of the range search, 0: off. group_size -1: one group over each row.
-    outlier_percent None: 0.25 for requant, 1 for gwq. gradient_samples: calibration sequences that are
-    differentiated for them; pqi_intervals: of the path from the original to the quantized weights.
-    dynamic: pattern of module names -> bits, group_size, symmetric that differ; the first that matches at a
-    name's start decides, and one that begins with "-:" leaves the module dense. resume: keep finished blocks
-    when interrupted, and go on from those of the same options.
+    outlier_percent None: 0.25 for requant, 1 for gwq. significant_percent None: 0.25, with budget_bits 0.
+    budget_bits: bits per weight, all counted, within which requant chooses bits, groups and outliers.
+    gradient_samples: calibration sequences that are differentiated for them; pqi_intervals: of the path from
+    the original to the quantized weights. dynamic: pattern of module names -> bits, group_size, symmetric
+    that differ; the first that matches at a name's start decides, and one that begins with "-:" leaves the
+    module dense. resume: keep finished blocks when interrupted, and go on from those of the same options.
     """
 
     model: str
@@ -76,10 +78,11 @@ class QuantizeOptions:
     transposable: bool = False
     shrinkage: float = 0.1
     outlier_percent: float | None = None
-    significant_percent: float = 0.25
+    significant_percent: float | None = None
     detach_steps: int = 2
     pqi_intervals: int = 32
     gradient_samples: int = 100
+    budget_bits: float | None = None
     seed: int = 0
     overwrite: bool = False
     resume: bool = False
@@ -135,6 +138,10 @@ class QuantizeOptions:
             raise ConfigError(f"--damping {self.damping}: must be above 0 and at most 1")
         if not 0 < self.shrinkage <= 1:
             raise ConfigError(f"--shrinkage {self.shrinkage}: must be above 0 and at most 1")
+        if self.budget_bits is not None and not 2 <= self.budget_bits <= 16:
+            raise ConfigError(f"--budget-bits {self.budget_bits}: must be from 2 to 16")
+        if self.budget_bits is not None and self.outlier_percent is not None:
+            raise ConfigError("--budget-bits: chooses the outliers itself; leave --outlier-percent out")
         for option, percent in (
             ("--outlier-percent", self.outlier_percent),
             ("--significant-percent", self.significant_percent),
@@ -152,7 +159,7 @@ class QuantizeOptions:
 
     def _check_users(self) -> None:
         composed = self.method in USERS["base"]
-        methods = (self.method, self.base) if composed else (self.method,)
+        methods = (self.method, self.base if composed else None, self.transform)
         for field in fields(self):
             users = USERS.get(field.name)
             if users and getattr(self, field.name) != field.default and not set(users) & set(methods):

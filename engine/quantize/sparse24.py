@@ -127,7 +127,10 @@ def recipe(options: QuantizeOptions) -> Recipe:
     """--method sparse24. Raises ConfigError for options that contradict it."""
     options.refuse_actorder("two of every four neighbours are chosen")
     dense = options.bits == DENSE_BITS
-    if not dense and not options.symmetric:
+    overrides = (options.dynamic or {}).values()
+    if dense and any(overrides):
+        raise ConfigError("--dynamic: with --bits 16 nothing is rounded; only '-:' patterns mean something")
+    if not dense and not all((options.symmetric, *(o.get("symmetric", True) for o in overrides))):
         raise ConfigError(
             "--asym: pruned weights need the code of zero in every group; use --sym with sparse24"
         )

@@ -37,8 +37,9 @@ def test_quantize_then_evaluate_then_check(folder: Path, tmp_path: Path) -> None
     out = str(tmp_path / "out")
     code, events = talk("quantize", {"model": str(folder), "out": out, "group_size": 32, "num_samples": 4})
     assert code == 0
-    assert events[0]["event"] == "log"
-    assert events[0]["line"].startswith("calibration: 4 sequences")
+    lines = [event["line"] for event in events if event["event"] == "log"]
+    assert lines[0].startswith("output head: stays as it is")
+    assert lines[1].startswith("calibration: 4 sequences")
     progress = [event for event in events if event["event"] == "progress"]
     assert progress[0] == {"event": "progress", "phase": "quantize", "done": 0, "total": 21, "layer": 0}
     assert progress[-1]["done"] == 21

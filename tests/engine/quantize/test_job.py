@@ -263,6 +263,15 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["original"]
 
 
+def test_too_little_text_is_an_error_with_a_remedy(make_model: Any, tmp_path: Path) -> None:
+    folder, _ = make_model("llama")
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sang")
+    with pytest.raises(ConfigError, match=r"--calibration text.txt: \d+ tokens are too few .*--method rtn"):
+        run(folder, tmp_path / "out", calibration=str(text))
+    run(folder, tmp_path / "out", calibration=str(text), method="rtn")
+
+
 def test_a_zero_point_of_0_is_refused_in_v1(make_model: Any, tmp_path: Path) -> None:
     folder, _ = make_model("llama")
     options = {"symmetric": False, "checkpoint_format": "gptq", "method": "rtn"}

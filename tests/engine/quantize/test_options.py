@@ -40,6 +40,11 @@ def test_a_base_may_use_its_options() -> None:
         QuantizeOptions("a", "b", method="requant", base="rtn", awq_steps=5)
 
 
+def test_a_transform_has_its_options() -> None:
+    QuantizeOptions("a", "b", transform="awq", awq_steps=5)
+    QuantizeOptions("a", "b", transform="smoothquant", smooth_alpha=0.6)
+
+
 def test_every_user_table_entry_is_an_option() -> None:
     assert set(USERS) <= set(QuantizeOptions.__dataclass_fields__)
 

@@ -133,6 +133,8 @@ def test_pruned_codes_make_no_range() -> None:
 def test_contradictions_are_refused() -> None:
     for given, message in (
         ({"symmetric": False}, "--asym: pruned weights need"),
+        ({"dynamic": {"a": {"symmetric": False}}}, "--asym: pruned weights need"),
+        ({"bits": 16, "dynamic": {"a": {"bits": 4}}}, "--dynamic: with --bits 16 nothing is rounded"),
         ({"actorder": "group"}, "--actorder group: sparse24 has no order"),
     ):
         asked = QuantizeOptions("a", "b", method="sparse24", **given)  # type: ignore[arg-type]

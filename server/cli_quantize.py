@@ -78,8 +78,11 @@ class Quantize:
         float | None, typer.Option(help="Weights that stay exact. [default: requant 0.25, gwq 1]")
     ] = None
     significant_percent: Annotated[
-        float, typer.Option(help="requant: weights put back for what they cost.")
-    ] = 0.25
+        float | None, typer.Option(help="requant: weights put back for what they cost. [default: 0.25]")
+    ] = None
+    budget_bits: Annotated[
+        float | None, typer.Option(help="requant: bits per weight in all; chooses bits, groups, outliers.")
+    ] = None
     detach_steps: Annotated[int, typer.Option(metavar="N", help="requant: in so many steps.")] = 2
     pqi_intervals: Annotated[int, typer.Option(metavar="N", help="requant: of the path integral.")] = 32
     gradient_samples: Annotated[

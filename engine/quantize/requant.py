@@ -5,6 +5,7 @@
    temperature that costs the least on the calibration; its outliers are its weights of largest magnitude.
 3. The base method quantizes again, without the outliers: their groups' ranges are narrower, and in the base's
    loop they are exact.
+   With a budget of bits, shares are chosen together with each module's bits and groups (``allocate.py``).
 4. Step-wise significant weights detach: the integral again, and the weights that cost the most, over the
    whole model, go back to what they were. As often as there are steps; nothing is rounded again.
 
@@ -13,22 +14,25 @@ the formula of shares, the search for the temperature, the ranking over the whol
 ours.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..model.config import ModelConfig
 from . import gradients
+from .allocate import VALUE_BITS, Choice, allocate, candidates, scaled
 from .gradients import GradientModel, Towards
 from .methods import get_base
 from .options import QuantizeOptions
 from .outliers import adaptive_shares, capped, detach, kept, largest, threshold
 from .pipeline import Recipe, Rerun
 from .results import QuantizedBlock, QuantizedModule, Stage
-from .sensitivity import Sensitivity, before, integrate, nodes
+from .sensitivity import ModuleScore, Sensitivity, before, integrate, nodes
 from .store import Store, held_bytes
 from .work import Work
 
@@ -39,7 +43,9 @@ TEMPERATURES = (math.inf, 4.0, 2.0, 1.0, 0.5)
 class ReQuant:
     """outliers, significant: shares of all weights. steps: in how many the significant ones are detached.
 
-    num_intervals: of the integral; num_sequences: how much of the calibration it reads.
+    num_intervals: of the integral; num_sequences: how much of the calibration it reads. budget: bits per
+    weight, everything counted, that choose bits, groups and outliers of every module in place of
+    ``outliers``.
     """
 
     base: Recipe
@@ -48,6 +54,7 @@ class ReQuant:
     steps: int = 2
     num_intervals: int = 32
     num_sequences: int = 100
+    budget: float | None = None
 
     @property
     def statistics(self) -> str:
@@ -62,6 +69,7 @@ class ReQuant:
             "beta": 100 * self.significant / self.steps,
             "pqi_intervals": self.num_intervals,
             "pqi_samples": self.num_sequences,
+            "budget_bits": self.budget,
             **self.base.settings(),
         }
 
@@ -72,7 +80,9 @@ class ReQuant:
     def run(self, work: Work) -> Stage:
         """See Method."""
         stage = self.base.run(work)
-        if self.outliers:
+        if self.budget is not None:
+            stage = self._within(self.budget, work, stage)
+        elif self.outliers:
             stage = self._requantize(work, stage)
         for step in range(self.steps if self.significant else 0):
             stage = self._detach(work, stage, f"detach-{step}")
@@ -81,10 +91,20 @@ class ReQuant:
     def _integral(self, work: Work, stage: Stage, store: Store) -> Sensitivity:
         return integrate(work, stage, store, nodes(self.num_intervals), self.num_sequences)
 
+    def _scores(self, work: Work, first: Stage) -> dict[str, ModuleScore]:
+        """Of the base's result, by module; kept for a run that goes on after an interruption."""
+        path = work.folder / "scores.json"
+        if not path.exists():
+            with Store.for_bytes(work.folder, 4 * work.num_weights) as store:
+                scores = self._integral(work, first, store).modules()
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps({name: asdict(score) for name, score in scores.items()}))
+            partial.replace(path)
+        return {name: ModuleScore(**score) for name, score in json.loads(path.read_text()).items()}
+
     def _requantize(self, work: Work, first: Stage) -> Stage:
         """Every temperature is tried; the one with the least loss on the calibration stays."""
-        with Store.for_bytes(work.folder, 4 * work.num_weights) as store:
-            scores = self._integral(work, first, store).modules()
+        scores = self._scores(work, first)
         means = {name: score.mass / score.num_weights for name, score in scores.items()}
         sizes = {name: score.num_weights for name, score in scores.items()}
         model, best = GradientModel(work, self.num_sequences), (math.inf, first)
@@ -95,6 +115,28 @@ class ReQuant:
             best = min(best, (model.loss(Towards(stage, 1.0)), stage), key=lambda found: found[0])
             work.log(f"outliers by mean score^(1/{temperature:g}): loss {best[0]:.4f} at best")
         return best[1]
+
+    def _within(self, budget: float, work: Work, first: Stage) -> Stage:
+        """Quantized again, each module as the budget allows, less what the significant weights will take."""
+        scores = self._scores(work, first)
+        mse = getattr(self.base.rounder, "mse", 0.0)
+        choices: dict[str, list[Choice]] = {}
+        for block in first:
+            weights = before(work, block)
+            for module in block.modules:
+                if module.weight is not None and module.weight.spec is not None:
+                    found = list(candidates(weights[module.name], module.weight.spec, mse))
+                    choices[module.name] = scaled(found, scores[module.name].mass, module.weight.spec)
+        weights_chosen = sum(score.num_weights for score in scores.values())
+        room = (budget - self.significant * (VALUE_BITS + 16)) * weights_chosen
+        try:
+            chosen = allocate(choices, room)
+        except ValueError as error:
+            raise ConfigError(f"--budget-bits {budget}: {error}; allow more") from error
+        shares = {name: choice.outliers for name, choice in chosen.items()}
+        specs = {name: choice.spec for name, choice in chosen.items()}
+        again = Rerun("budget", _largest_of(work, first, shares), first)
+        return self.base.run(work.with_specs({**work.specs, **specs}), again)
 
     def _detach(self, work: Work, stage: Stage, name: str) -> Stage:
         """Put back the weights with the highest |p| of those that are still rounded; a new stage."""
@@ -149,11 +191,15 @@ def integral_bytes(config: ModelConfig, num_tokens: int) -> int:
 
 def method(options: QuantizeOptions) -> ReQuant:
     """--method requant."""
+    significant = options.significant_percent
+    if significant is None:
+        significant = 0.25 if options.budget_bits is None else 0.0
     return ReQuant(
         get_base(options),
         0.0025 if options.outlier_percent is None else options.outlier_percent / 100,
-        options.significant_percent / 100,
+        significant / 100,
         options.detach_steps,
         options.pqi_intervals,
         options.gradient_samples,
+        options.budget_bits,
     )

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from nybble.engine.errors import ConfigError
 from nybble.engine.formats.registry import get_format
 from nybble.engine.model_files import ModelFiles
+from nybble.engine.quantize.allocate import stored_bits
 from nybble.engine.quantize.calibrate import Calibration
 from nybble.engine.quantize.gptq import GPTQ
 from nybble.engine.quantize.job import quantize
@@ -16,6 +18,7 @@ from nybble.engine.quantize.outliers import kept
 from nybble.engine.quantize.pipeline import Recipe
 from nybble.engine.quantize.requant import ReQuant
 from nybble.engine.quantize.results import Stage
+from nybble.engine.quantize.rtn import RTN
 from nybble.engine.quantize.source import Source
 from nybble.engine.quantize.work import Work
 from nybble.kernels.layout import QuantSpec
@@ -104,3 +107,29 @@ def test_goes_on_where_it_was_killed(make_model: Any, tmp_path: Path) -> None:
             after += 7
     assert after > 20
     assert found == whole
+
+
+def test_a_budget_is_spent_and_kept_to(make_model: Any, tmp_path: Path) -> None:
+    """Bits of everything in the checkpoint's tensors; specs differ from module to module."""
+    folder, _ = make_model("llama", num_hidden_layers=2)
+    method = ReQuant(Recipe(GPTQ()), 0.0, 0.0, 2, 2, 3, budget=4.0)
+    with Source(folder) as source:
+        work = work_on(source, tmp_path, bits=3)
+        stage = method.run(work)
+        total, specs = 0.0, set()
+        for block in stage:
+            for module in block.modules:
+                packed = module.weight
+                assert packed is not None
+                assert packed.spec is not None
+                specs.add(packed.spec)
+                share = float(kept(packed).float().mean())
+                total += stored_bits(packed.out_features, packed.in_features, packed.spec, share)
+        assert 3.7 * work.num_weights < total <= 4.001 * work.num_weights
+        assert len(specs) > 1
+
+
+def test_a_budget_too_small_is_refused(make_model: Any, tmp_path: Path) -> None:
+    folder, _ = make_model("llama", num_hidden_layers=1)
+    with Source(folder) as source, pytest.raises(ConfigError, match=r"--budget-bits 2\.0: the least is"):
+        ReQuant(Recipe(RTN(0.0)), budget=2.0, num_intervals=1, num_sequences=1).run(work_on(source, tmp_path))

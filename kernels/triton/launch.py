@@ -112,6 +112,12 @@ def choose(
     raise LookupError(f"no launch for {tokens} tokens on {machine.architecture}")
 
 
+def limits(machine: Machine, max_tokens: int) -> list[int]:
+    """Numbers of tokens up to ``max_tokens`` of which each launch has one."""
+    bounds = {rule["tokens"] or max_tokens for rule in _rules(machine.name, machine.architecture)}
+    return sorted({min(bound, max_tokens) for bound in bounds})
+
+
 def supports(machine: Machine, sparsity: str | None = None) -> bool:
     """Whether there are launches for a GPU."""
     return any(r.get("sparsity") == sparsity for r in _rules(machine.name, machine.architecture))

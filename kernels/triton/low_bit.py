@@ -1,16 +1,19 @@
 """Packed weights as linears on a GPU: they pick a launch by the number of tokens, and make it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from .arrange import arrange
 from .dequantize import add_overlay, dequantize, expand24
 from .fragments import ROWS, STEP
-from .launch import Launch, Machine, choose
+from .launch import Launch, Machine, choose, limits
 from .mma_linear import mma_linear
 from .packing import FragmentWeight
 from .packing24 import Sparse24Weight
@@ -38,6 +41,29 @@ class _Weight(Protocol):
     def bias(self) -> Tensor | None: ...
     @property
     def nbytes(self) -> int: ...
+
+
+_Run = Callable[..., None]
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    kernel[grid](*arguments, **constants)
+
+
+def _compile(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    kernel.warmup(*arguments, grid=grid, **constants)
+
+
+def warm(linears: Iterable[object], dtype: torch.dtype, max_tokens: int, threads: int) -> int:
+    """Compile in parallel what the GPU linears among ``linears`` may launch; returns how many kernels.
+
+    A kernel is compiled once, however many linears launch it. Triton keeps it on disk for the next start.
+    """
+    with ThreadPoolExecutor(threads) as executor, triton.AsyncCompileMode(executor) as mode:
+        for linear in linears:
+            if isinstance(linear, _PackedLinear):
+                linear.compile(dtype, max_tokens)
+    return len(mode.future_kernels)
 
 
 def _unused(weight: _Weight, dtype: torch.dtype) -> Tensor:
@@ -68,14 +94,32 @@ class _PackedLinear(ABC):
     def __call__(self, x: Tensor) -> Tensor:
         """[T, in_features] -> [T, out_features]."""
         w = self._base
-        out = x.new_empty(len(x), w.out_features)
         if len(x) == 0:
-            return out
-        x = self._arranged(x)
+            return x.new_empty(0, w.out_features)
+        x = self._arranged(x, _launch)
         launch = self._choose(len(x))
         if launch.kernel == "dense":
             return F.linear(x, self.dense(x.dtype), None if w.bias is None else w.bias.to(x.dtype))
-        tiles_m, tiles_n = -(-len(x) // launch.BM), self._shape[0] // launch.BN
+        out = x.new_empty(len(x), w.out_features)
+        self._multiply(launch, x, out, len(x), _launch)
+        return out
+
+    def compile(self, dtype: torch.dtype, max_tokens: int) -> None:
+        """Compile what calls with up to ``max_tokens`` tokens of ``dtype`` launch. See ``warm``."""
+        x = torch.empty(1, self._base.in_features, dtype=dtype, device=self._base.words.device)
+        x = self._arranged(x, _compile)
+        for tokens in limits(self._machine, max_tokens):
+            launch = self._choose(tokens)
+            if launch.kernel == "dense":
+                self.dense(dtype, _compile)
+            else:
+                out = x.new_empty(1, self._base.out_features)
+                self._multiply(launch, x, out, tokens, _compile)
+
+    def _multiply(self, launch: Launch, x: Tensor, out: Tensor, tokens: int, run: _Run) -> None:
+        """out = x @ weight.T + bias, x arranged."""
+        w = self._base
+        tiles_m, tiles_n = -(-tokens // launch.BM), self._shape[0] // launch.BN
         tiles = tiles_m * tiles_n
         splits = 1
         if tiles <= len(self._locks):
@@ -84,11 +128,10 @@ class _PackedLinear(ABC):
         if splits > 1:
             partial = x.new_empty(tiles * splits * launch.BM * launch.BN, dtype=torch.float32)
         bias, num_bias = (_unused(w, torch.float32), 0) if w.bias is None else (w.bias, w.out_features)
-        tail = (out, partial, self._locks, len(x), w.out_features, w.inputs, splits, num_bias)
-        self._launch(launch, (tiles_n, splits, tiles_m), (x, bias, tail))
-        return out
+        tail = (out, partial, self._locks, tokens, w.out_features, w.inputs, splits, num_bias)
+        self._product(launch, (tiles_n, splits, tiles_m), (x, bias, tail), run)
 
-    def _arranged(self, x: Tensor) -> Tensor:
+    def _arranged(self, x: Tensor, run: _Run) -> Tensor:
         """The activations as the weight's inputs stand, in rows of 16-byte units."""
         w = self._base
         x = x.contiguous()
@@ -96,7 +139,7 @@ class _PackedLinear(ABC):
             return x if x.data_ptr() % 16 == 0 else x.clone()
         out = x.new_empty(len(x), w.inputs)
         grid = (-(-w.inputs // _ARRANGED), len(x))
-        arrange[grid](x, w.order, out, w.in_features, w.inputs, BLOCK=_ARRANGED)
+        run(arrange, grid, x, w.order, out, w.in_features, w.inputs, BLOCK=_ARRANGED)
         return out
 
     @abstractmethod
@@ -104,11 +147,13 @@ class _PackedLinear(ABC):
         """The launch for so many tokens."""
 
     @abstractmethod
-    def _launch(self, launch: Launch, grid: tuple[int, int, int], arguments: tuple[Any, Any, Any]) -> None:
-        """Launch. grid: tiles of outputs, splits, tiles of tokens; arguments: x, bias, and the last eight."""
+    def _product(
+        self, launch: Launch, grid: tuple[int, int, int], arguments: tuple[Any, Any, Any], run: _Run
+    ) -> None:
+        """grid: tiles of outputs, splits, tiles of tokens; arguments: x, bias, and the last eight."""
 
     @abstractmethod
-    def dense(self, dtype: torch.dtype) -> Tensor:
+    def dense(self, dtype: torch.dtype, run: _Run = _launch) -> Tensor:
         """The weight as a matrix [out_features, K] of ``dtype``, its inputs arranged."""
 
 
@@ -124,7 +169,9 @@ class LowBitLinear(_PackedLinear):
             return Launch("dense")
         return choose(self._machine, self.weight.bits, self._shape, tokens)
 
-    def _launch(self, launch: Launch, grid: tuple[int, int, int], arguments: tuple[Any, Any, Any]) -> None:
+    def _product(
+        self, launch: Launch, grid: tuple[int, int, int], arguments: tuple[Any, Any, Any], run: _Run
+    ) -> None:
         w, (x, bias, tail) = self.weight, arguments
         zeros = _unused(w, torch.uint8) if w.zeros is None else w.zeros
         if w.overlay is None:
@@ -139,23 +186,23 @@ class LowBitLinear(_PackedLinear):
         }  # fmt: skip
         every = (x, w.words, w.scales, zeros, bias, *overlay, *tail)
         if launch.kernel == "mma":
-            mma_linear[grid](*every, **constants, WARPS=launch.warps)
+            run(mma_linear, grid, *every, **constants, WARPS=launch.warps)
         else:
             tiles_n, splits, tiles_m = grid
-            tile_linear[tiles_n * tiles_m, splits](*every, **constants, ASM=self._machine.is_cuda)
+            run(tile_linear, (tiles_n * tiles_m, splits), *every, **constants, ASM=self._machine.is_cuda)
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
+    def dense(self, dtype: torch.dtype, run: _Run = _launch) -> Tensor:
         """The weight as a matrix [out_features, K] of ``dtype``, its inputs arranged."""
         w = self.weight
         out = torch.empty(self._shape, dtype=dtype, device=w.words.device)
         zeros = _unused(w, torch.uint8) if w.zeros is None else w.zeros
         grid = (self._shape[0] // ROWS.value, w.inputs // STEP.value)
-        dequantize[grid](
-            w.words, w.scales, zeros, out, w.out_features, w.inputs,
+        run(
+            dequantize, grid, w.words, w.scales, zeros, out, w.out_features, w.inputs,
             BITS=w.bits, GROUP=w.group, ZEROS=w.zeros is not None, ASM=self._machine.is_cuda,
         )  # fmt: skip
         if w.overlay is not None:
-            add_overlay[grid[:1]](*w.overlay.tensors, out, w.inputs)
+            run(add_overlay, grid[:1], *w.overlay.tensors, out, w.inputs)
         return out[: w.out_features]
 
 
@@ -169,19 +216,25 @@ class Sparse24Linear(_PackedLinear):
     def _choose(self, tokens: int) -> Launch:
         return choose(self._machine, self.weight.bits, self._shape, tokens, sparsity="2:4")
 
-    def _launch(self, launch: Launch, grid: tuple[int, int, int], arguments: tuple[Any, Any, Any]) -> None:
+    def _product(
+        self, launch: Launch, grid: tuple[int, int, int], arguments: tuple[Any, Any, Any], run: _Run
+    ) -> None:
         w, (x, bias, tail) = self.weight, arguments
-        sparse24_linear[grid](
-            x, w.words, w.meta, _unused(w, torch.float16) if w.scales is None else w.scales, bias, *tail,
+        scales = _unused(w, torch.float16) if w.scales is None else w.scales
+        run(
+            sparse24_linear, grid, x, w.words, w.meta, scales, bias, *tail,
             BITS=w.bits, GROUP=w.group, BM=launch.BM, BN=launch.BN, STAGES=launch.stages,
             WARPS=launch.warps, num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
+    def dense(self, dtype: torch.dtype, run: _Run = _launch) -> Tensor:
         """The weight as a matrix [out_features, K] of ``dtype``, its inputs arranged."""
         w = self.weight
         out = torch.empty(self._shape, dtype=dtype, device=w.words.device)
         scales = _unused(w, torch.float16) if w.scales is None else w.scales
         grid = (self._shape[0] // ROWS.value, w.inputs // STEP.value)
-        expand24[grid](w.words, w.meta, scales, out, w.out_features, w.inputs, BITS=w.bits, GROUP=w.group)
+        run(
+            expand24, grid, w.words, w.meta, scales, out, w.out_features, w.inputs,
+            BITS=w.bits, GROUP=w.group,
+        )  # fmt: skip
         return out[: w.out_features]

@@ -30,6 +30,40 @@ def bits_to_bf16(bits: Array) -> Array:
     return (np.asarray(bits, np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
+def registers(raw: Array, pack: int) -> list[Array]:
+    """The 32-bit registers in which ``pack`` elements, neighbours along the last axis, are handed over.
+
+    Two halves share a register. Where a thread holds the whole last axis, the registers' last axis is the one
+    before it: the lanes.
+    """
+    raw = np.ascontiguousarray(raw)
+    size = raw.dtype.itemsize * pack
+    if size < 4 and pack == 1:
+        return [raw.view(f"u{size}").astype(np.uint32)]
+    if raw.dtype.itemsize > 4 or size % 4 or raw.shape[-1] % pack:
+        raise NotImplementedError(f"inline asm with {pack} elements of {raw.dtype} {raw.shape}")
+    words = raw.view(np.uint32)
+    words = words.reshape(*words.shape[:-1], -1, size // 4)
+    if words.shape[-2] == 1 and words.ndim > 2:
+        words = words[..., 0, :]
+    return list(np.moveaxis(words, -1, 0))
+
+
+def elements(found: list[Array], dtypes: Sequence[Any], pack: int, shape: tuple[int, ...]) -> list[Array]:
+    """The reverse of ``registers`` for several tensors of ``shape``, one after another."""
+    tensors, place = [], 0
+    for dtype in dtypes:
+        count = max(1, dtype.itemsize * pack // 4)
+        words = np.stack(found[place : place + count], -1)
+        place += count
+        narrow = dtype.itemsize * pack < 4
+        flat = words.astype(f"u{dtype.itemsize}") if narrow else np.ascontiguousarray(words)
+        tensors.append(flat.view(dtype).reshape(shape))
+    if place != len(found):
+        raise ValueError(f"inline asm: {len(found)} output registers, {place} were expected")
+    return tensors
+
+
 def run(text: str, inputs: Sequence[Array], num_outputs: int) -> list[Array]:
     """The outputs ``$0`` ... of the assembly ``text`` whose inputs are the registers after them, in order."""
     registers: dict[str, Array] = {f"${num_outputs + i}": value for i, value in enumerate(inputs)}

@@ -250,14 +250,16 @@ class HonestBuilder(interpreter.InterpreterBuilder):  # type: ignore[misc]
         self, text: str, constraints: str, values: Any, types: Any, is_pure: bool, pack: int
     ) -> Any:
         """Executed by ``ptx``. Elements that one call packs are neighbours along the last axis."""
-        inputs = [register for value in values for register in _registers(value, pack)]
+        inputs = [r for v in values for r in ptx.registers(_to_raw(v.data, v.dtype), pack)]
         names = constraints.split(",")
         num_outputs = sum(name.startswith("=") for name in names)
         if len(names) - num_outputs != len(inputs):
             raise ValueError(f"inline asm: {len(inputs)} registers for the constraints {constraints}")
-        results = ptx.run(text, inputs, num_outputs)
-        shape = values[0].data.shape
-        return _AsmResult(_tensors(results, [scalar_type(t) for t in types], pack, shape))
+        scalars = [scalar_type(t) for t in types]
+        raws = [_RAW.get(scalar, _np_dtype(scalar)) for scalar in scalars]
+        results = ptx.elements(ptx.run(text, inputs, num_outputs), raws, pack, values[0].data.shape)
+        pairs = zip(results, scalars, strict=True)
+        return _AsmResult([Handle(_from_raw(raw, scalar), scalar) for raw, scalar in pairs])
 
     def create_extern_elementwise(self, *_: Any) -> Any:
         """Not to be had."""
@@ -273,37 +275,6 @@ class _AsmResult:
     def get_result(self, index: int) -> Any:
         """The tensor of output ``index``."""
         return self._handles[index]
-
-
-def _registers(value: Any, pack: int) -> list[Any]:
-    """The 32-bit registers in which an operand's packed elements are handed over: two halves share one."""
-    raw = np.ascontiguousarray(_to_raw(value.data, value.dtype))
-    size = raw.dtype.itemsize * pack
-    if size < 4 and pack == 1:
-        return [raw.view(f"u{size}").astype(np.uint32)]
-    if raw.dtype.itemsize > 4 or size % 4 or raw.shape[-1] % pack:
-        raise NotImplementedError(f"inline asm with {pack} elements of {raw.dtype} {raw.shape}")
-    words = raw.view(np.uint32)
-    words = words.reshape(*words.shape[:-1], -1, size // 4)
-    if words.shape[-2] == 1 and words.ndim > 2:  # a thread holds the last axis: the lanes are the one before
-        words = words[..., 0, :]
-    return list(np.moveaxis(words, -1, 0))
-
-
-def _tensors(registers: list[Any], types: list[Any], pack: int, shape: tuple[int, ...]) -> list[Any]:
-    """Back from registers: the outputs in turn, each of ``pack`` elements."""
-    handles, place = [], 0
-    for scalar in types:
-        raw = _RAW.get(scalar, _np_dtype(scalar))
-        count = max(1, raw.itemsize * pack // 4)
-        words = np.stack(registers[place : place + count], -1)
-        place += count
-        narrow = raw.itemsize * pack < 4
-        flat = words.astype(f"u{raw.itemsize}") if narrow else np.ascontiguousarray(words)
-        handles.append(Handle(_from_raw(flat.view(raw).reshape(shape), scalar), scalar))
-    if place != len(registers):
-        raise ValueError(f"inline asm: {len(registers)} output registers, {place} were expected")
-    return handles
 
 
 _stock_init_args = interpreter.GridExecutor._init_args_hst
@@ -363,6 +334,15 @@ def _first_config(self: Any, *args: Any, **kwargs: Any) -> Any:
     return self.fn.run(*args, **kwargs, **config.all_kwargs())
 
 
+_stock_patch_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_tensor(tensor: Any, *scope: Any) -> None:
+    """Triton 3.6 turns arrays of one element into numbers in a way that numpy no longer allows."""
+    _stock_patch_tensor(tensor, *scope)
+    tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+
 _stock_call = interpreter.GridExecutor.__call__
 
 
@@ -396,6 +376,7 @@ def _install() -> None:
     interpreter.interpreter_semantic.builder = builder
     interpreter.GridExecutor._init_args_hst = _init_args
     interpreter.GridExecutor.__call__ = _call
+    interpreter._patch_lang_tensor = _patch_tensor
     interpreter.InterpretedFunction.__call__ = _call_device_function
     interpreter.FunctionRewriter.rewrite_ast = _rewrite
     triton.runtime.autotuner.Autotuner.run = _first_config

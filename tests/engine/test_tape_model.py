@@ -12,9 +12,14 @@ from nybble.engine.records import SamplingParams, SequenceOutput
 from nybble.engine.tape_model import TapeModel
 from nybble.kernels.cpu.numba_linear import instruction_set
 from nybble.kernels.dispatch import Target
-from tiny_models import tiny_transformer
+from tiny_models import save_low_bit, tiny_transformer
 
 ISA = instruction_set(Target(cpu_features=cpu_features(), cpu_kernels="auto"))
+ISAS = [
+    isa
+    for isa in ("avx2", "vnni")
+    if instruction_set(Target(cpu_features=cpu_features(), cpu_kernels=isa)) == isa
+]
 pytestmark = pytest.mark.skipif(ISA is None, reason="the CPU has neither AVX2 nor AVX-512 VNNI")
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},
@@ -82,6 +87,34 @@ def test_a_request_gets_the_same_bits_alone_among_others_and_in_any_cut(
     for index in (0, 7, 31):
         (alone,) = generate(tmp_path, [prompts[index]], enable_prefix_caching=False, **options)
         assert alone.logprobs == together[index].logprobs
+
+
+@pytest.mark.parametrize("kernels", ISAS)
+@pytest.mark.parametrize("options", [{}, {"bits": 3, "symmetric": False}], ids=["4bit", "3bit-asym"])
+def test_low_bit_logits_are_the_same_bits_alone_among_32_and_in_any_cut(
+    options: dict[str, Any], kernels: str, tmp_path: Path
+) -> None:
+    """Of every token of 32 prompts and of 12 that follow each, by their log-probabilities."""
+    folder = save_low_bit(tiny_transformer("llama"), tmp_path, **options)
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=3, prompt_logprobs=3)
+
+    def scores(max_num_seqs: int, max_num_batched_tokens: int, num_threads: int = 1) -> list[Any]:
+        limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+        config = EngineConfig(
+            str(folder), "cpu", "bfloat16", num_threads=num_threads, cpu_kernels=kernels,
+            enable_prefix_caching=False, **limits,
+        )  # type: ignore[arg-type]  # fmt: skip
+        engine, info = build_engine(config, lambda *_: None)
+        assert info.kernel == "cpu-int8"
+        return [(o.token_ids, o.logprobs, o.prompt_logprobs) for o in engine.generate(prompts_of(32), params)]
+
+    together = scores(32, 2048)
+    assert len(together) == 32
+    assert scores(1, 2048) == together  # alone, prompts whole
+    for cut in (1, 7, 24):  # alone, prompts in pieces
+        assert scores(1, cut) == together
+    for cut in (32, 33, 57):  # pieces beside others' tokens
+        assert scores(32, cut, num_threads=2) == together
 
 
 def test_a_broken_sequence_does_not_reach_others(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from nybble.engine.engine import Engine
 from nybble.engine.model.decoder import Decoder, causal_attend
 from nybble.engine.model.loader import load_model
 from nybble.engine.model_files import ModelFiles
+from nybble.engine.quantize.job import quantize
+from nybble.engine.quantize.options import QuantizeOptions
 from nybble.engine.runner import Runner
 from nybble.engine.step_model import EagerModel
 from nybble.kernels.dispatch import Ops
@@ -44,6 +46,15 @@ def tiny_transformer(model_type: str, **fields: Any) -> Any:
             else:
                 parameter.copy_(noise * (0.3 if name.endswith("bias") else 0.2))
     return model
+
+
+def save_low_bit(model: Any, folder: Path, **options: Any) -> Path:
+    """A model of transformers, rounded to nearest by our quantizer (4 bit, groups of 32); its folder."""
+    source, out = folder / "dense", folder / "low_bit"
+    model.save_pretrained(source)
+    given = {"bits": 4, "group_size": 32, **options}
+    quantize(QuantizeOptions(str(source), str(out), "rtn", **given), lambda *_: None, lambda _: None)
+    return out
 
 
 def load_decoder(folder: Path, dtype: str = "float32", device: str = "cpu") -> Decoder:

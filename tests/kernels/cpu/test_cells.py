@@ -8,7 +8,7 @@ Bounds, for outputs y and reference r = x W^T in float64, of one row of W:
 * int8: x is rounded per token and group of 32 inputs (in the weight's order, each of the weight's groups cut
   by itself) to steps of amax / 127, so |y - r| <= sum over groups of amax / 254 * sum |w|, plus SUMS;
 * bf16: x is rounded to 8 significant bits: |y - r| <= 2^-8 sum |x w|, plus SUMS;
-* fp32: |y - r| <= 1e-5 of the largest |r| of the call.
+* fp32: |y - r| <= 1e-5 of the token's largest |r|, or 2^-21 sum |x w| where all of them cancel (one output).
 SUMS is what fp32 sums of codes and zero points may lose, 40 roundings of the largest terms:
 40 * 2^-24 * max(scale) * 2^(bits + 2) * sum |x|; and 2^-22 sum |x| |residual| for the residuals.
 
@@ -147,7 +147,8 @@ def inputs_of(cols: int) -> Tensor:
 def bound(weight: PackedWeight, x: Tensor, activations: str, reference: Tensor) -> Tensor:
     """[T, N], see the top of this file."""
     if activations == "fp32":
-        return 1e-5 * reference.abs().amax(1, keepdim=True) + 1e-30
+        sums = x.double().abs() @ weight.dequantize(torch.float64).abs().T / 2**21
+        return torch.maximum(1e-5 * reference.abs().amax(1, keepdim=True), sums) + 1e-30
     assert weight.spec is not None
     assert weight.scales is not None
     residuals = torch.zeros(weight.values.shape, dtype=torch.float64)

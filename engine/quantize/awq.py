@@ -123,8 +123,8 @@ class ClippedRTN:
         return {"mse": self.mse, "awq_clip": self.mse == 0}
 
     def peak_bytes(self, config: ModelConfig, num_tokens: int) -> int:
-        """Six of the widest slot's weight."""
-        return matrix_bytes(config, squares=0, weights=6)
+        """Eight of the widest slot's weight."""
+        return matrix_bytes(config, squares=0, weights=8)
 
     def begin(self, work: Work) -> None:
         """Nothing."""

@@ -60,8 +60,8 @@ class GPTQ:
         }
 
     def peak_bytes(self, config: ModelConfig, num_tokens: int) -> int:
-        """Four [K, K] while factorizing, six of the widest slot's weight while sweeping."""
-        return matrix_bytes(config, squares=4, weights=6)
+        """Four [K, K] while factorizing, eight of the widest slot's weight while sweeping."""
+        return matrix_bytes(config, squares=4, weights=8)
 
     def begin(self, work: Work) -> None:
         """Nothing."""

@@ -155,10 +155,10 @@ class Recipe:
         return found if self.transform is None else found | self.transform.settings()
 
     def peak_bytes(self, config: ModelConfig, num_tokens: int) -> int:
-        """See Method: activations, the block with what its widest linear needs, Hessians, the rounder's."""
+        """See Method: activations, the block and what becomes of it, Hessians, the rounder's."""
         hidden, ffn = config.hidden_size, config.intermediate_size
         heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        block = 4 * hidden * (2 * heads + 2 * kv_heads + 3 * ffn)
+        block = 8 * hidden * (2 * heads + 2 * kv_heads + 3 * ffn)
         needed = block + self.rounder.peak_bytes(config, num_tokens)
         if self.needs_inputs:
             together = self.transform is not None or not self.true_sequential

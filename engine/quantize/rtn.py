@@ -28,8 +28,8 @@ class RTN:
         return {"mse": self.mse}
 
     def peak_bytes(self, config: ModelConfig, num_tokens: int) -> int:
-        """Five of the widest slot's weight, for rounding, errors and packing."""
-        return matrix_bytes(config, squares=0, weights=5)
+        """Eight of the widest slot's weight, for rounding, errors and packing."""
+        return matrix_bytes(config, squares=0, weights=8)
 
     def begin(self, work: Work) -> None:
         """Nothing."""

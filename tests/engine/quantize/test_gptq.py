@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from layers_to_round import correlated, proxy_loss
-from nybble.engine.quantize.gptq import round_gptq
+from nybble.engine.quantize.gptq import GPTQ, round_gptq
 from nybble.engine.quantize.grid import round_nearest
 from nybble.engine.quantize.hessian import FactorizationError, HessianFactor, HessianMean, factorize
+from nybble.engine.quantize.pipeline import ToRound
 from nybble.engine.quantize.sweep import How, sweep
 from nybble.kernels.layout import PackedWeight, QuantSpec
 from torch import Tensor
@@ -97,6 +98,66 @@ def test_actorder_groups_follow_the_diagonal() -> None:
     np.testing.assert_array_equal(packed.g_idx.numpy(), expected)
     permuted, _ = sweep_in_order(weight[:, order], hessian[order][:, order], QuantSpec(4, 32, False))
     assert torch.equal(permuted.values, packed.values[:, order])
+
+
+@pytest.mark.parametrize("group_size", [32, 48, -1])
+def test_group_aware_order_keeps_groups(group_size: int) -> None:
+    """The largest first within each group, groups by their largest; the last may be short."""
+    weight, hessian = correlated(8, 176)
+    spec = QuantSpec(3, group_size, False)
+    factor = factorize(hessian, spec, 0.01, "gar")
+    assert factor.perm is not None
+    order, diagonal = factor.perm.numpy(), hessian.diagonal().numpy()
+    size = 176 if group_size == -1 else group_size
+    runs = np.split(order, np.flatnonzero(np.diff(order // size)) + 1)
+    assert len(runs) == -(-176 // size)
+    assert all(np.array_equal(run, run[np.argsort(-diagonal[run], kind="stable")]) for run in runs)
+    largest = [diagonal[run].max() for run in runs]
+    assert largest == sorted(largest, reverse=True)
+    packed = round_gptq(weight, factor, spec)
+    assert packed.g_idx is None
+    plain = round_gptq(weight, factorize(hessian, spec, 0.01), spec)
+    assert proxy_loss(weight, packed, hessian) != proxy_loss(weight, plain, hessian)
+    # The same as rounding the columns in this order with groups to match.
+    if group_size == -1:
+        moved, _ = sweep_in_order(weight[:, order], hessian[order][:, order], spec)
+        assert torch.equal(moved.values, packed.values[:, order])
+
+
+@pytest.mark.parametrize("order", ["none", "group", "gar"])
+def test_static_groups_have_the_ranges_of_the_original(order: str) -> None:
+    weight, hessian = correlated(8, 144)
+    spec = QuantSpec(3, 32, False)
+    rounder = GPTQ(0.01, 0.0, order, static_groups=True)  # type: ignore[arg-type]
+    packed = rounder.round(ToRound("", weight, spec), rounder.prepare(hessian, spec))
+    nearest = round_nearest(weight, spec)
+    assert packed.g_idx is None
+    assert packed.scales is not None
+    assert nearest.scales is not None
+    assert torch.equal(packed.scales, nearest.scales)
+    assert torch.equal(packed.zeros, nearest.zeros)  # type: ignore[arg-type]
+    assert proxy_loss(weight, packed, hessian) < 0.7 * proxy_loss(weight, nearest, hessian)
+
+
+@pytest.mark.parametrize("order", ["none", "group", "gar"])
+def test_squared_errors_are_the_trace_with_weights_kept_apart(order: str) -> None:
+    """Exactly, residuals in fp16 and all: what is stored is what the sweep reckoned with."""
+    weight, hessian = correlated(16, 160)
+    exclude = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.03
+    spec = QuantSpec(3, 32, True)
+    factor = factorize(hessian, spec, 0.01, order)  # type: ignore[arg-type]
+    swept = sweep(weight, factor, spec, How(exclude=exclude))
+    packed = swept.packed(spec)
+    assert packed.outliers is not None
+    assert len(packed.outliers.values) == int(exclude.sum())
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(160, dtype=torch.float64)
+    assert swept.loss == pytest.approx(proxy_loss_fp32(weight, packed, damped), rel=1e-5)
+
+
+def proxy_loss_fp32(weight: torch.Tensor, packed: PackedWeight, hessian: torch.Tensor) -> float:
+    """With the overlay added in fp32, as ``dequantize`` does."""
+    difference = weight - packed.dequantize().double()
+    return float(torch.trace(difference @ hessian @ difference.T))
 
 
 def test_dead_input_is_rounded_to_nearest_and_spoils_nothing() -> None:

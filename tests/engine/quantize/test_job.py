@@ -18,8 +18,8 @@ from nybble.engine.quantize import hessian, source
 from nybble.engine.quantize.calibrate import Calibration, load_calibration
 from nybble.engine.quantize.gptq import GPTQ, round_gptq
 from nybble.engine.quantize.job import quantize
+from nybble.engine.quantize.methods import get_method
 from nybble.engine.quantize.options import QuantizeOptions
-from nybble.engine.quantize.pipeline import Recipe
 from nybble.engine.tokenizer import Tokenizer
 from nybble.kernels.layout import PackedWeight, QuantSpec
 from safetensors.torch import load_file, save_file
@@ -123,7 +123,10 @@ def test_output_error_is_of_the_calibration_inputs(make_model: Any, tmp_path: Pa
     assert reported[name] == pytest.approx(float(expected), rel=1e-3)
 
 
-def test_at_most_three_blocks_live(make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "sparse24"])
+def test_at_most_three_blocks_live(
+    method: str, make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, _ = make_model("llama", num_hidden_layers=6)
     alive: list[weakref.ref[source.Block]] = []
     most = 0
@@ -137,7 +140,7 @@ def test_at_most_three_blocks_live(make_model: Any, tmp_path: Path, monkeypatch:
         return block
 
     monkeypatch.setattr(source.Source, "block", counted)
-    run(folder, tmp_path / "out")
+    run(folder, tmp_path / "out", method=method)
     assert len(alive) == 6
     assert most <= 3
 
@@ -326,14 +329,28 @@ def test_memory_that_is_not_there_is_refused(
         run(folder, tmp_path / "out")
 
 
-def test_the_bound_of_memory_holds(make_model: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "rtn"},
+        {},
+        {"true_sequential": False},
+        {"mse": 2.4, "actorder": "gar"},
+        {"method": "awq"},
+        {"method": "sparse24"},
+        {"method": "sparse24", "bits": 16, "prune": "magnitude"},
+    ],
+)
+def test_the_bound_of_memory_holds(options: dict[str, Any], make_model: Any, tmp_path: Path) -> None:
     """Every tensor that is alive at any allocation, by torch's own count of a larger run."""
     folder, _ = make_model("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=2)
     config = source.Source(folder).config
     text = tmp_path / "text.txt"
-    text.write_text("the cat and the dog " * 4000)
-    peak = peak_of_tensors(lambda: run(folder, tmp_path / "out", calibration=str(text), num_samples=50))
-    assert peak <= Recipe(GPTQ()).peak_bytes(config, 50 * 32)
+    text.write_text("the cat and the dog " * 1000)
+    given = {"calibration": str(text), "num_samples": 20, **options}
+    peak = peak_of_tensors(lambda: run(folder, tmp_path / "out", **given))
+    method = get_method(QuantizeOptions("", "", **options))
+    assert peak <= method.peak_bytes(config, 20 * 32 if method.statistics else 0)
 
 
 def peak_of_tensors(work: Any) -> int:

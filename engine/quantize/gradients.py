@@ -6,11 +6,13 @@ linear's inputs x [T, K] and the gradients g [T, N] of its outputs. A weight's g
 whoever wants it adds to an accumulator of its own: none is held here.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..model.config import ModelConfig
 from ..model.plan import Slot
 from .activations import BATCH_TOKENS, Batch, make_batches
@@ -70,13 +72,16 @@ class Towards:
 
 
 class GradientModel:
-    """The model of ``work``, its loss over the calibration, or the first ``num_sequences`` of it."""
+    """The model of ``work``, its loss over the calibration, or the first ``num_sequences`` of it.
+
+    Sequences longer than a batch are cut: attention's [Hq, T, T] would not be bounded otherwise.
+    """
 
     def __init__(self, work: Work, num_sequences: int | None = None) -> None:
         assert work.calibration is not None
         self.work = work
         self.config = work.source.config
-        self.sequences = work.calibration.sequences[:num_sequences]
+        self.sequences = tuple(_pieces(work.calibration.sequences[:num_sequences]))
         self.num_predicted = sum(len(sequence) - 1 for sequence in self.sequences)
         self._head = work.source.head(work.ops)
 
@@ -101,6 +106,12 @@ class GradientModel:
                 gradients.append(gradient)
             if take is not None:
                 self._backward(batches, (inputs, gradients), take, change)
+            if not math.isfinite(sum(losses)):
+                folder = self.work.source.model.folder
+                raise ConfigError(
+                    f"MODEL {folder}: its loss on the calibration is {sum(losses)}: fp32 overflows, and "
+                    "gradients say nothing; use --method rtn or gptq"
+                )
             yield len(portion), sum(losses)
 
     def _portions(self) -> Iterator[tuple[tuple[int, ...], ...]]:
@@ -167,6 +178,14 @@ class GradientModel:
                     take(slot, seen[slot.name][0].detach(), gradient, batch.lengths)
 
 
+def _pieces(sequences: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+    for sequence in sequences:
+        for start in range(0, len(sequence), BATCH_TOKENS):
+            piece = sequence[start : start + BATCH_TOKENS]
+            if len(piece) > 1:
+                yield piece
+
+
 def _keep_in(seen: dict[str, tuple[Tensor, Tensor]], name: str) -> Callable[[Tensor, Tensor], None]:
     def watch(x: Tensor, y: Tensor) -> None:
         seen[name] = (x, y)
@@ -177,9 +196,9 @@ def _keep_in(seen: dict[str, tuple[Tensor, Tensor]], name: str) -> Callable[[Ten
 def peak_bytes(config: ModelConfig, num_tokens: int) -> int:
     """A bound of what a pass over ``num_tokens`` holds at once, accumulators aside.
 
-    The inputs kept of all blocks, at most KEPT_BYTES or one sequence (whose length is bounded by that of a
-    batch or the calibration); a batch in a block with what autograd keeps of it, attention's [Hq, T, T] five
-    times among it; two blocks; the head, and its logits five times. All in fp32.
+    The inputs kept of all blocks, at most KEPT_BYTES or one batch; a batch in a block with what autograd
+    keeps of it, attention's [Hq, T, T] five times among it; two blocks; the head, and its logits five times.
+    All in fp32.
     """
     hidden, ffn = config.hidden_size, config.intermediate_size
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim

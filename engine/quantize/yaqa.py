@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.layout import PackedWeight, QuantSpec
-from ..errors import ConfigError
+from ..errors import ConfigError, LayerError
 from ..model.config import ModelConfig
 from . import gradients
 from .grid import fit, restore
@@ -28,7 +28,6 @@ from .store import held_bytes
 from .work import Work
 
 TILE = 128
-SHRINKAGE_STEPS = 4  # each ten times the one before, until a factor is positive definite
 
 
 def unit_lower(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -198,6 +197,11 @@ class YAQA:
         """See Rounder."""
         assert self._sketches is not None
         outputs, inputs = map(_unit_diagonal, self._sketches(module.name))
+        if not bool(torch.isfinite(outputs).all() and torch.isfinite(inputs).all()):
+            raise LayerError(
+                f"{module.name}: the sketch of its gradients is not finite; use --method gptq",
+                layer=module.name,
+            )
         inputs.lerp_(_unit_diagonal(stats), self.activations)
         factors = _shrunk_factor(outputs, self.shrinkage), _shrunk_factor(inputs, self.shrinkage / 2)
         return round_two_sided(module.weight, factors, module.spec, self.mse, module.exclude)
@@ -210,13 +214,12 @@ def _unit_diagonal(matrix: Tensor) -> Tensor:
 
 
 def _shrunk_factor(matrix: Tensor, share: float) -> Tensor:
-    """L of (1 - share) ``matrix`` + share I, the share raised until it is positive definite."""
+    """L of (1 - share) ``matrix`` + share I, the share raised tenfold until that is positive definite."""
     eye = torch.eye(len(matrix), dtype=matrix.dtype)
-    for step in range(SHRINKAGE_STEPS):
-        found = unit_lower(torch.lerp(matrix, eye, min(1.0, share * 10**step)))
-        if found is not None:
-            return found[0]
-    return eye
+    while (found := unit_lower(torch.lerp(matrix, eye, share))) is None:
+        assert share < 1, "the identity is positive definite"
+        share = min(1.0, 10 * share)
+    return found[0]
 
 
 def recipe(options: QuantizeOptions) -> Recipe:

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from nybble.engine.errors import ConfigError
 from nybble.engine.model.plan import Slot
 from nybble.engine.quantize import gradients
 from nybble.engine.quantize.calibrate import Calibration
 from nybble.engine.quantize.gradients import GradientModel, Sampled
 from nybble.engine.quantize.sensitivity import plain_gradients
-from nybble.engine.quantize.source import Source
+from nybble.engine.quantize.source import Block, Source
 from nybble.engine.quantize.store import Store
 from nybble.engine.quantize.work import Work
 from nybble.kernels.layout import QuantSpec
@@ -88,3 +89,25 @@ def test_sampled_tokens_have_no_mean_gradient(make_model: Any, tmp_path: Path) -
     draws = torch.stack(sums)
     single = draws.square().sum((1, 2)).mean().sqrt()
     assert float(draws.mean(0).norm()) < 0.25 * float(single)
+
+
+def test_long_sequences_are_cut(make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "BATCH_TOKENS", 16)
+    folder, _ = make_model("llama", num_hidden_layers=1)
+    with Source(folder) as source:
+        model = GradientModel(work_on(source, tmp_path))
+        assert [len(sequence) for sequence in model.sequences] == [16, 4, 7, 16, 16, 2, 12]
+        assert model.num_predicted == 73 - 7
+        assert 0 < model.loss() < 20
+
+
+def test_an_overflow_is_told(make_model: Any, tmp_path: Path) -> None:
+    folder, _ = make_model("llama", num_hidden_layers=1)
+
+    def break_it(block: Block) -> None:
+        next(iter(block.weights().values())).fill_(torch.inf)
+
+    with Source(folder) as source:
+        model = GradientModel(work_on(source, tmp_path))
+        with pytest.raises(ConfigError, match="its loss on the calibration is nan"):
+            model.loss(break_it)

@@ -31,11 +31,11 @@ def add_overlay(starts, values, rows, cols, out, K):
     """Add a block's entries to out: [N padded to 64, K]. Grid: (N / 64,)."""
     COLUMNS: tl.constexpr = 0xFFFF if cols.dtype.element_ty == tl.int16 else 0x7FFFFFFF
     block = tl.program_id(0)
-    entry = tl.arange(0, 64)
+    entry = tl.arange(0, 128)
     for chunk in range(tl.load(starts + block), tl.load(starts + block + 1)):
-        at = chunk * 64 + entry
+        at = chunk * 128 + entry
         value = tl.load(values + at)
-        row = block * ROWS + entry // 16 * 16 + tl.load(rows + at).to(tl.int32)
+        row = block * ROWS + entry // 32 * 16 + tl.load(rows + at).to(tl.int32)
         to = out + row.to(tl.int64) * K + (tl.load(cols + at).to(tl.int32) & COLUMNS)
         # Padding is zero and stands where an entry may: it must not write.
         dense = tl.load(to, mask=value != 0, other=0.0).to(tl.float32)

@@ -221,6 +221,26 @@ def _axis3(size: gl.constexpr, axis: gl.constexpr, layout: gl.constexpr):
     return index
 
 
+@gluon.constexpr_function
+def entry_layout(fragments, warps):
+    """Of entries [NT, 4 (t), 8]: a lane has 8 that follow each other, the same for all g."""
+    registers = [[0, 0, 1], [0, 0, 2], [0, 0, 4]]
+    while warps << (len(registers) - 3) < fragments:
+        registers.append([warps << (len(registers) - 3), 0, 0])
+    lanes = [[0, 1, 0], [0, 2, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
+    of_warps = [[1 << bit, 0, 0] for bit in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout(registers, lanes, of_warps, [], [fragments, 4, 8])
+
+
+@gluon.jit
+def _entries(at, live, layout: gl.constexpr):
+    """Entries [NT, 4, 8] as they meet columns of A and rows of B: [NT, 32]. Any order would do."""
+    NT: gl.constexpr = at.shape[0]
+    found = gl.reshape(gl.load(at, mask=live, other=0), [NT, 4, 2, 2, 2])
+    found = gl.reshape(gl.permute(found, [0, 2, 3, 1, 4]), [NT, 32])
+    return gl.convert_layout(found, layout, assert_trivial=True)
+
+
 @gluon.jit
 def _sparse_sum(
     x, starts, values, rows, cols, pn, pm, splits, M, K,
@@ -228,11 +248,12 @@ def _sparse_sum(
 ):  # fmt: skip
     """The overlay's part of the sums: [BN, BM].
 
-    Two chunks at a time, each of 16 entries for each 16 outputs, as MMAs: A has an entry's value in its row,
-    B the activations that the entries meet. Splits take chunks in turn. Blocks differ in chunks.
+    Chunks of 32 entries for each 16 outputs, as MMAs: A has an entry's value in its row, B the activations
+    that the entries meet. Splits take chunks in turn. Blocks differ in chunks.
     """
     NT: gl.constexpr = BN // 16
     L: gl.constexpr = sparse_layout(WARPS)
+    LE: gl.constexpr = entry_layout(NT, WARPS)
     LA: gl.constexpr = gl.DotOperandLayout(0, L, 2)
     LB: gl.constexpr = gl.DotOperandLayout(1, L, 2)
     COLUMNS: gl.constexpr = 0xFFFF if cols.dtype.element_ty == gl.int16 else 0x7FFFFFFF
@@ -241,27 +262,19 @@ def _sparse_sum(
     most = 0
     for block in gl.static_range(NT // 4):
         most = gl.maximum(most, gl.load(starts + block + 1) - gl.load(starts + block))
-    nt_a = _axis3(NT, 0, LA)
-    nt_b = _axis3(NT, 0, LB)
-    entry_a = _axis3(2 * 16, 2, LA)
-    entry_b = _axis3(2 * 16, 1, LB)
-    chunk_a = gl.load(starts + nt_a // 4) + entry_a // 16
-    chunk_b = gl.load(starts + nt_b // 4) + entry_b // 16
-    end_a = gl.load(starts + nt_a // 4 + 1)
-    end_b = gl.load(starts + nt_b // 4 + 1)
-    at_a = nt_a % 4 * 16 + entry_a % 16
-    at_b = nt_b % 4 * 16 + entry_b % 16
+    nt = _axis3(NT, 0, LE)
+    first = gl.load(starts + nt // 4)
+    count = gl.load(starts + nt // 4 + 1) - first
+    entry = first * 128 + nt % 4 * 32 + _axis3(4, 1, LE) * 8 + _axis3(8, 2, LE)
     row = _axis3(16, 1, LA)
     token = pm * BM + _axis3(BM, 2, LB)
     x_at = x + token.to(gl.int64) * K
-    for chunk in range(gl.program_id(1) * 2, most, splits * 2):
-        at = (chunk_a + chunk) * 64 + at_a
-        value = gl.load(values + at, mask=chunk_a + chunk < end_a, other=0.0)
-        a = gl.where(
-            gl.load(rows + at, mask=chunk_a + chunk < end_a, other=0).to(gl.int32) == row, value, 0.0
-        )
-        live = chunk_b + chunk < end_b
-        col = gl.load(cols + (chunk_b + chunk) * 64 + at_b, mask=live, other=0).to(gl.int32) & COLUMNS
-        b = gl.load(x_at + col, mask=token < M, other=0.0)
+    for chunk in range(gl.program_id(1), most, splits):
+        live = chunk < count
+        value = gl.expand_dims(_entries(values + (entry + chunk * 128), live, gl.SliceLayout(1, LA)), 1)
+        of_row = gl.expand_dims(_entries(rows + (entry + chunk * 128), live, gl.SliceLayout(1, LA)), 1)
+        a = gl.where(of_row.to(gl.int32) == row, value, 0.0)
+        col = gl.expand_dims(_entries(cols + (entry + chunk * 128), live, gl.SliceLayout(2, LB)), 2)
+        b = gl.load(x_at + (col.to(gl.int32) & COLUMNS), mask=token < M, other=0.0)
         acc = mma_v2(a, b, acc)
     return gl.convert_layout(gl.reshape(acc, [BN, BM]), mma_layout(WARPS), assert_trivial=True)

@@ -9,8 +9,8 @@ words: int32 [N / 64, K / 128, KB, planes, 4, 8 (g), 4 (t), V]: blocks of 64 out
 scales: fp16 (bf16 or fp32 where fp16 loses) [parts, N]; zeros: uint8 [parts, N]. A part is ``group`` inputs:
        32, 64 or 128, with larger groups repeated; ``group`` 0 is one part over all inputs.
 
-overlay: residuals in chunks of 64 entries for each block of outputs, 16 for each 16 outputs, zero-padded:
-       values (the activations' type), rows (uint8, of 16), cols (int16 as uint16, or int32) [chunks, 4, 16];
+overlay: residuals in chunks of 128 entries for each block of outputs, 32 for each 16 outputs, zero-padded:
+       values (the activations' type), rows (uint8, of 16), cols (int16 as uint16, or int32) [chunks, 4, 32];
        starts: int32 [N / 64 + 1], the blocks' first chunks.
 
 Inputs are sorted by group, each group padded to whole parts, all of them to 128; outputs are padded to 64.
@@ -206,7 +206,7 @@ def _pack_rows(codes: Tensor, bits: int) -> Tensor:
 def _pack_overlay(
     overlay: SparseOverlay, order: Tensor, device: torch.device | str, dtype: torch.dtype
 ) -> FragmentOverlay:
-    """Sort entries by groups of 16 rows; place entry ``i`` of a group in its block's chunk ``i // 16``."""
+    """Sort entries by groups of 16 rows; place entry ``i`` of a group in its block's chunk ``i // 32``."""
     counts = overlay.rowptr.diff().long().cpu()
     rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
     place = torch.empty(int(order.max()) + 1, dtype=torch.int64)
@@ -214,12 +214,12 @@ def _pack_overlay(
     cols = place[overlay.cols.cpu().long()]
     blocks = padded(len(counts), ROWS.value) // ROWS.value
     by_group = torch.bincount(rows // 16, minlength=4 * blocks)
-    chunks = (-(-by_group // 16)).view(blocks, 4).amax(1)
+    chunks = (-(-by_group // 32)).view(blocks, 4).amax(1)
     starts = torch.cat([chunks.new_zeros(1), chunks.cumsum(0)])
     # CSR's rows ascend, so the entries of a group follow each other.
     within = torch.arange(len(rows)) - (by_group.cumsum(0) - by_group)[rows // 16]
-    at = ((starts[rows // 64] + within // 16) * 4 + rows // 16 % 4) * 16 + within % 16
-    shape = (int(starts[-1]), 4, 16)
+    at = ((starts[rows // 64] + within // 32) * 4 + rows // 16 % 4) * 32 + within % 32
+    shape = (int(starts[-1]), 4, 32)
     narrow = torch.int16 if len(order) <= 1 << 16 else torch.int32
     values, row, col = (torch.zeros(shape, dtype=t) for t in (dtype, torch.uint8, torch.int64))
     values.view(-1)[at] = overlay.values.cpu().to(dtype)

@@ -86,9 +86,9 @@ def _sparse_sum(
     acc = tl.zeros((NT, 16, BM), tl.float32)
     for chunk in range(tl.program_id(1), most, splits):
         live = first + chunk < end
-        at = (first + chunk) * 64 + nt % 4 * 16
-        at_a = at + tl.arange(0, 16)[None, None, :]
-        at_b = at + tl.arange(0, 16)[None, :, None]
+        at = (first + chunk) * 128 + nt % 4 * 32
+        at_a = at + tl.arange(0, 32)[None, None, :]
+        at_b = at + tl.arange(0, 32)[None, :, None]
         value = tl.load(values + at_a, mask=live, other=0.0)
         a = tl.where(tl.load(rows + at_a, mask=live, other=0) == row, value, 0.0)
         col = tl.load(cols + at_b, mask=live, other=0).to(tl.int32) & COLUMNS

@@ -132,7 +132,7 @@ def test_an_overlay_is_the_same_matrix_in_chunks() -> None:
                 )
     arranged = torch.nn.functional.pad(dense.half().float(), (0, 1))[:, packed.order.long()]
     assert torch.equal(found[:150], arranged)
-    assert int(starts[-1]) <= -(-(300 + 0.02 * 300 * 16) // 16) + 3 * 9
+    assert int(starts[-1]) <= -(-(300 + 0.02 * 300 * 16) // 32) + 3 * 6
 
 
 def test_bytes_are_those_of_the_bits() -> None:

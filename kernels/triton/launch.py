@@ -4,7 +4,8 @@
 default.json has rules for each architecture. A file is {"rules": [...]}; the first rule that fits is taken,
 a GPU's own file first. Rule: tokens (at most so many; null: any), kernel, BM, BN, warps, stages, programs
 (wanted per multiprocessor, by splitting K); it fits only the given architectures, bits and shape ([N, K],
-padded) where it has them, and weights with its sparsity ("2:4") or, without one, those that have none.
+padded) where it has them. With sparsity "2:4" or "overlay" it fits only such weights; one without fits
+those with an overlay, too.
 """
 
 import json
@@ -104,7 +105,7 @@ def choose(
         limit = rule["tokens"]
         if limit is not None and tokens > limit:
             continue
-        if rule.get("sparsity") != sparsity:
+        if rule.get("sparsity") not in (sparsity, None if sparsity == "overlay" else sparsity):
             continue
         if rule.get("bits", bits) == bits and tuple(rule.get("shape", shape)) == shape:
             constants = {k: rule[k] for k in ("BM", "BN", "warps", "stages", "programs") if k in rule}

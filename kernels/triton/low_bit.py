@@ -21,7 +21,6 @@ from .sparse24_linear import sparse24_linear
 from .tile_linear import tile_linear
 
 _ARRANGED = 1024  # inputs that one program moves
-_OVERLAY = 64  # tokens up to which the kernels add an overlay; a dense product takes more
 
 
 class _Weight(Protocol):
@@ -165,9 +164,8 @@ class LowBitLinear(_PackedLinear):
         self.weight = weight
 
     def _choose(self, tokens: int) -> Launch:
-        if self.weight.overlay is not None and tokens > _OVERLAY:
-            return Launch("dense")
-        return choose(self._machine, self.weight.bits, self._shape, tokens)
+        sparsity = None if self.weight.overlay is None else "overlay"
+        return choose(self._machine, self.weight.bits, self._shape, tokens, sparsity)
 
     def _product(
         self, launch: Launch, grid: tuple[int, int, int], arguments: tuple[Any, Any, Any], run: _Run
@@ -214,7 +212,7 @@ class Sparse24Linear(_PackedLinear):
         self.weight = weight
 
     def _choose(self, tokens: int) -> Launch:
-        return choose(self._machine, self.weight.bits, self._shape, tokens, sparsity="2:4")
+        return choose(self._machine, self.weight.bits, self._shape, tokens, "2:4")
 
     def _product(
         self, launch: Launch, grid: tuple[int, int, int], arguments: tuple[Any, Any, Any], run: _Run

@@ -71,6 +71,7 @@ def variants() -> list[Variant]:
     found += _launched(_Kind(3, "bf16", 64, zeros=True), 8, _SOME)
     found += _launched(_Kind(2, "fp16", 0, zeros=True), 8, _SOME)
     found += _launched(_Kind(4, "bf16", sparse=True), 8, _SOME)
+    found += _launched(_Kind(4, "fp16", sparse=True), 64, _SOME)
     for kind in (_Kind(4, "bf16", zeros=True), _Kind(3, "fp16", 64, zeros=True)):
         found += _launched(kind, 64, _SOME) + _launched(kind, 128, _SOME)
     for bits in (4, 16):
@@ -85,7 +86,8 @@ def _launched(kind: _Kind, tokens: int, targets: tuple[str, ...] = TARGETS) -> l
     """The launches of a large weight, targets with the same one together."""
     by_launch: dict[Launch, list[str]] = {}
     for target in targets:
-        launch = choose(Machine("", target, 100), kind.bits, (4096, 4096), tokens)
+        sparsity = "overlay" if kind.sparse else None
+        launch = choose(Machine("", target, 100), kind.bits, (4096, 4096), tokens, sparsity)
         by_launch.setdefault(launch, []).append(target)
     return [_variant(kind, launch, found) for launch, found in by_launch.items()]
 

@@ -72,6 +72,16 @@ def test_weights_with_sparsity_have_rules_of_their_own() -> None:
     assert not supports(Machine("", "gfx942", 304), "2:4")
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_overlay_is_added_by_kernels_up_to_64_tokens(architecture: str) -> None:
+    machine = Machine("", architecture, 100)
+    for tokens in (1, 8, 9, 17, 33, 64):
+        launched = choose(machine, 4, (4096, 4096), tokens, "overlay")
+        assert launched.kernel == ("mma" if architecture.startswith("sm") else "tile")
+        assert tokens <= launched.BM
+    assert choose(machine, 4, (4096, 4096), 65, "overlay").kernel == "dense"
+
+
 def test_a_gpus_own_rules_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = {"shape": [4096, 4096], "tokens": 8, "kernel": "mma", "BM": 8, "BN": 128, "warps": 4, "stages": 2}
     package = tmp_path / "tuned"

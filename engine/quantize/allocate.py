@@ -23,6 +23,7 @@ SHARES = (0.0, 0.0025, 0.005, 0.01)  # of outliers
 SAMPLED_ROWS = 64  # about so many of a module, on which errors are measured
 VALUE_BITS = 16  # of a residual; its column takes 16 too, or 32 where 16 are not enough
 ROW_BITS = 32  # where a row's residuals begin
+INDEX_BITS = 32  # which group an input is in
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +42,10 @@ class Choice:
 def stored_bits(out: int, in_: int, spec: QuantSpec, outliers: float = 0.0) -> float:
     """What a module [out, in] takes in a checkpoint, with ``outliers`` of its weights as residuals.
 
-    The format stores zeros for symmetric weights too.
+    The format stores zeros for symmetric weights too, and for every input the number of its group.
     """
-    total: float = out * in_ * spec.num_bits + out * spec.num_groups(in_) * (16 + spec.num_bits)
+    groups = out * spec.num_groups(in_) * (16 + spec.num_bits)
+    total: float = out * in_ * spec.num_bits + groups + in_ * INDEX_BITS
     if outliers:
         total += outliers * out * in_ * (VALUE_BITS + (16 if in_ <= 1 << 16 else 32)) + (out + 1) * ROW_BITS
     return total

@@ -64,7 +64,6 @@ def test_sizes_are_the_checkpoint_s(symmetric: bool, outliers: float) -> None:
     count = round(outliers * weight.numel())
     stored = OverlayFormat(base, {"m": count}) if count else base
     tensors = stored.write("m", packed)
-    tensors.pop("m.g_idx", None)  # it says nothing here, and other readers want it
     assert stored_bits(64, 128, spec, count / weight.numel()) == sum(t.nbytes * 8 for t in tensors.values())
 
 

@@ -2,7 +2,7 @@
 
 Per op, shape (linears of Llama-3 1B, 8B and 70B, and 16384^2) and number of tokens: microseconds in a CUDA
 graph whose calls rotate over weights that no cache holds, TB/s of weights and TFLOP/s as shares of the copy
-bandwidth and matmul rate that the same run measured, and the speed-up over cuBLAS. Every result is checked
+bandwidth and matmul rate that the same run measured, and speed-ups over the others. Every result is checked
 against float64. Writes benchmarks/results/kernels-GPU.json and .svg after every shape.
 
 REHEARSE=1 runs all of it on a CPU, over small shapes and interpreted kernels: for mistakes, not for figures.
@@ -125,17 +125,12 @@ def measure(
     """All ops of one shape; a line is printed for each."""
     shape = Shape(*size, machine.target, machine.copies_of)
     rows: list[dict[str, Any]] = []
-    reference: dict[int, float] = {}
     for op in ops:
         base = {"op": op, "shape": name, "outputs": size[0], "inputs": size[1]}
         try:
             linear = OPS[op](shape)
             for tokens in all_tokens:
                 row = base | timed(machine, linear, shape, tokens)
-                if op == "cublas":
-                    reference[tokens] = row["seconds"]
-                if tokens in reference:
-                    row["speedup"] = reference[tokens] / row["seconds"]
                 rows.append(row)
             line = " ".join(
                 f"{r['tokens']}:{r['seconds'] * 1e6:.1f}us/{r['copy_share']:.0%}"
@@ -145,12 +140,17 @@ def measure(
         except Exception as error:
             rows.append(base | {"unavailable": f"{type(error).__name__}: {str(error).strip()[:300]}"})
             line = rows[-1]["unavailable"]
-            if isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError):
-                raise
+            if isinstance(error, torch.AcceleratorError):
+                raise  # the device is lost to this process
         print(f"{name:12s} {op:14s} {line}", flush=True)
         linear = None  # type: ignore[assignment]
         if not REHEARSAL:
             torch.cuda.empty_cache()
+    times = {(row["op"], row["tokens"]): row["seconds"] for row in rows if "seconds" in row}
+    for row in rows:
+        for peer in ("cublas", *PEERS):
+            if "seconds" in row and (peer, row["tokens"]) in times:
+                row.setdefault("speedup", {})[peer] = times[peer, row["tokens"]] / row["seconds"]
     return rows
 
 
@@ -194,8 +194,8 @@ def write(machine: Machine, rows: list[dict[str, Any]], left_out: dict[str, str]
     for name in dict.fromkeys(row["shape"] for row in rows):
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
-            if row["shape"] == name and "speedup" in row:
-                lines.setdefault(row["op"], []).append((row["tokens"], row["speedup"]))
+            if row["shape"] == name and "cublas" in row.get("speedup", {}):
+                lines.setdefault(row["op"], []).append((row["tokens"], row["speedup"]["cublas"]))
         panels.append(chart(name, lines, "tokens; speed-up over cuBLAS"))
     (folder / f"{stem}.svg").write_text(page(panels), encoding="utf-8")
 

@@ -69,7 +69,7 @@ def test_the_benchmark_is_rehearsed(root: Path, bare: dict[str, str]) -> None:
     for op in ("w4", "w3"):
         assert rows[op, 9]["kernel"] == "triton-low-bit"
         assert 0 < rows[op, 9]["error"] < 1e-2
-        assert rows[op, 9]["speedup"] > 0
+        assert rows[op, 9]["speedup"]["cublas"] > 0
     assert "not whole tiles" in rows["tinygemm", None]["unavailable"]
     plot = (root / ".cache" / "rehearsal" / "kernels-rehearsal.svg").read_text()
     assert plot.startswith("<svg") and "w4" in plot

@@ -173,6 +173,26 @@ def test_gpu_large(bits: int, tokens: int) -> None:
     run(Case(bits, 128, False, (4096 + 8, 4096 + 128), tokens, "bf16"), Target("cuda", torch.bfloat16))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 16, 100])
+def test_gpu_in_a_graph(tokens: int) -> None:
+    """A captured call can be replayed: locks are back at zero, nothing is computed on the host."""
+    target = Target("cuda", torch.float16)
+    weight, x = make(Case(4, 128, True, (512, 8192), tokens))
+    chosen = choose("linear", target, weight=WeightTraits.of(weight))
+    linear = chosen.implementation.repack(weight, target)
+    x = x.cuda()
+    linear(x)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = linear(x)
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(out, linear(x))
+
+
 def test_the_table_covers_every_value() -> None:
     """A case that is dropped by mistake shows here."""
     for read, values in _WANTED:

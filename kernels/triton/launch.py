@@ -31,7 +31,9 @@ class Machine:
 
     @staticmethod
     def of(device: torch.device | str) -> "Machine":
-        """The GPU ``device``."""
+        """The GPU ``device``. Raises LookupError where torch sees none."""
+        if not torch.cuda.is_available():
+            raise LookupError("torch sees no GPU")
         found = torch.cuda.get_device_properties(device)
         if torch.version.hip is not None:
             architecture = found.gcnArchName.partition(":")[0]

@@ -74,7 +74,10 @@ def _unfit(target: Target, weight: WeightTraits) -> str | None:
         return f"fp16 would overflow: a weight's magnitude is up to {weight.max_abs:.4g}"
     if find_spec("triton") is None:
         return "triton is not installed"
-    machine = Machine.of(target.device)
+    try:
+        machine = Machine.of(target.device)
+    except LookupError as error:
+        return str(error)
     if not supports(machine):
         return f"has no launches for {machine.name} ({machine.architecture})"
     return None

@@ -73,6 +73,13 @@ def test_an_old_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert linear.low_bit.refuses(CUDA, weight=TRAITS) == "has no launches for Tesla T4 (sm_75)"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_missing_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert linear.low_bit.refuses(CUDA, weight=TRAITS) == "torch sees no GPU"
+    assert choose("linear", CUDA, weight=TRAITS).name == "torch"
+
+
 @pytest.mark.parametrize(("zero", "whole"), [(3.0, True), (0.5, False), (-1.0, False), (256.0, False)])
 def test_zero_points_with_fractions_are_seen(zero: float, whole: bool) -> None:
     codes = torch.zeros(4, 8, dtype=torch.uint8)

@@ -23,8 +23,9 @@ def plot(written: dict[str, Any], path: Path) -> None:
         few, many = [r for r in here if r["tokens"] == 1], [r for r in here if r["tokens"] > 1]
         _bars(line[0], few, "gb_s", "read", READ_GOAL)
         _bars(line[1], many, "gop_s", "peak", GOALS[written["isa"]])
-        line[0].set_title(f"1 token, {count} thread(s): share of read bandwidth", fontsize="small")
-        line[1].set_title(f"{written['isa']}: share of the int8 peak", fontsize="small")
+        line[0].set_title(f"{count} thread(s): share of read bandwidth", fontsize="small")
+        title = f"{written['isa']}: share of the int8 peak ({written['statistic']} of all rounds)"
+        line[1].set_title(title, fontsize="small")
     figure.savefig(path, dpi=120)
 
 

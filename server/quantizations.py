@@ -68,6 +68,7 @@ class UnloadBody(BaseModel):
 def quantization_body() -> type[BaseModel]:
     """POST /v1/quantizations: the CLI's options, in snake_case, beside what the API has of its own."""
     hints = get_type_hints(Quantize, include_extras=True)
+    hints["dynamic"] = dict[str, dict[str, int | bool]] | None  # the CLI's is JSON text, or a file of it
     options: Any = {
         field.name: (hints[field.name], field.default)
         for field in fields(Quantize)

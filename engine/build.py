@@ -12,15 +12,17 @@ import torch
 
 from ..kernels.dispatch import Ops, Target
 from ..kernels.layout import PackedWeight, QuantSpec
+from ..kernels.triton.linear import warm
 from .check import check_weights_fit, estimate_weights, free_memory
 from .config import EngineConfig
 from .engine import Engine
 from .errors import ConfigError
 from .formats.registry import format_of, open_tensors
-from .hardware import cpu_features, cpu_name, default_threads, process_memory
+from .hardware import cpu_features, cpu_name, default_threads, process_memory, usable_cpus
 from .memory import plan_kv_cache, resolve_max_model_len
 from .model.config import ModelConfig
 from .model.decoder import Decoder
+from .model.layers import Linear
 from .model.loader import LoadedModel, load_model, resolve_target
 from .model.plan import find_problems, problems_error, weight_plan
 from .model_files import ModelFiles
@@ -49,6 +51,8 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[Engine, Mode
     clock.lap("check")
     loaded = load_model(files, config, progress, target, _head_rounder(config))
     clock.lap("weights")
+    if _compile_ahead(loaded, config, target, progress):
+        clock.lap("kernels")
     tape = _tape_module(loaded, config, progress)
     specs = loaded.config.kv_specs(kv_cache_dtype(target, compiled=tape is not None))
     kv = plan_kv_cache(specs, config, max_model_len, _free_memory(config, target))
@@ -92,6 +96,17 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[Engine, Mode
         cpu_features=_cpu_line(),
     )
     return engine, info
+
+
+def _compile_ahead(loaded: LoadedModel, config: EngineConfig, target: Target, progress: Progress) -> int:
+    """Compile every GPU kernel that a linear may launch, so that no request waits: how many."""
+    parts = [
+        part for weight in loaded.weights.values() if isinstance(weight, Linear) for part in weight.parts
+    ]
+    count = warm(parts, target, config.max_num_batched_tokens, max(1, int(usable_cpus())))
+    if count:
+        progress("kernels", count, count, f"{count} kernels compiled or found in Triton's cache")
+    return count
 
 
 def _tape_module(loaded: LoadedModel, config: EngineConfig, progress: Progress) -> Any:

@@ -1,5 +1,6 @@
 """The GPU's low-bit linears as a candidate of the dispatch table. Triton is imported when it is taken."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -62,6 +63,14 @@ class Sparse24Kernel:
         packed = packing.pack24(weight, target.device, target.dtype)
         linear: PackedLinear = low_bit.Sparse24Linear(packed, Machine.of(target.device))
         return linear
+
+
+def warm(linears: Iterable[object], target: Target, max_tokens: int, threads: int) -> int:
+    """Compile ahead what the linears made here may launch; returns how many kernels. See ``low_bit.warm``."""
+    if target.is_cpu or find_spec("triton") is None:
+        return 0
+    count: int = import_module(".low_bit", __package__).warm(linears, target.dtype, max_tokens, threads)
+    return count
 
 
 def _unfit(target: Target, weight: WeightTraits) -> str | None:

@@ -73,6 +73,10 @@ def test_an_old_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert linear.low_bit.refuses(CUDA, weight=TRAITS) == "has no launches for Tesla T4 (sm_75)"
 
 
+def test_a_cpu_has_nothing_to_compile_ahead() -> None:
+    assert linear.warm([object()], Target("cpu"), 8192, 2) == 0
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_a_missing_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()

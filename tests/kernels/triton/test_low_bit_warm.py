@@ -16,7 +16,9 @@ import fake_gpu, torch
 architecture = sys.argv[1]
 fake_gpu.use(architecture)
 from nybble.kernels.layout import PackedWeight, QuantSpec
+from nybble.kernels.dispatch import Target
 from nybble.kernels.triton import launch, low_bit, packing
+from nybble.kernels.triton.linear import warm
 
 machine = launch.Machine("fake", architecture, 132)
 
@@ -31,10 +33,11 @@ def linear(rows, cols, bias):
 shapes = [(384, 256, True), (256, 256, False), (1024, 256, False), (256, 512, False)]
 linears = [linear(*shape) for shape in shapes for _ in range(2)]
 started = time.time()
-count = low_bit.warm(linears, torch.bfloat16, 8192, 2)
+cuda = Target("cuda", torch.bfloat16)
+count = warm([object(), *linears], cuda, 8192, 2)
 seconds = time.time() - started
 again = time.time()
-low_bit.warm(linears, torch.bfloat16, 8192, 2)
+warm(linears, cuda, 8192, 2)
 print(json.dumps({"count": count, "seconds": seconds, "again": time.time() - again}))
 """
 

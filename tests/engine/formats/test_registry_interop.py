@@ -154,6 +154,23 @@ def test_transformers_loads_packed_weights(cell: str, tmp_path: Path) -> None:
     assert difference(our_logits(load_decoder(tmp_path / "model"), IDS), expected) < 1e-5
 
 
+def test_an_old_transformers_loads_bitmasks(tmp_path: Path) -> None:
+    library("compressed_tensors.compressors.sparse_compressors.sparse_24_bitmask")
+    library("accelerate")
+    from transformers import AutoModelForCausalLM
+
+    def make(module: str, shape: tuple[int, int], seed: int) -> PackedWeight:
+        dense = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.3
+        return PackedWeight(prune(dense, 0, seed))
+
+    stored = CompressedTensorsFormat((), ("lm_head",), ("Linear",))
+    plain = write_model(tmp_path / "model", stored, make)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    expected = logits_of(transformers_model(plain, torch.float32))
+    assert difference(logits_of(theirs), expected) < 1e-5
+    assert difference(our_logits(load_decoder(tmp_path / "model"), IDS), expected) < 1e-5
+
+
 @pytest.mark.parametrize("cell", PACKED)
 def test_compressed_tensors_unpacks_what_we_write(cell: str, tmp_path: Path) -> None:
     library("compressed_tensors")
@@ -223,7 +240,10 @@ def _fit(module: Any, weights: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "options", [{"sym": True}, {"sym": True, "desc_act": True}, {"method": "awq"}], ids=str
 )
-def test_we_load_what_gptqmodel_writes(options: dict[str, Any], tmp_path: Path) -> None:
+def test_we_load_what_gptqmodel_writes(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")  # on two cores it takes one, and then asks for two
     gptqmodel = library("gptqmodel")
     folder = tmp_path / "original"
     tiny_transformer("llama", vocab_size=300, hidden_size=128, intermediate_size=256).save_pretrained(folder)

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...kernels.layout import PackedWeight, SparseOverlay
+from ...kernels.layout import PackedWeight
+from .grid import HALF_MAX, overlay
 
 MAX_DENSITY = 64  # a row may hold so many times the mean number of residuals: kernels share out rows
 MAX_SHARE = 0.1  # of a module's weights
@@ -80,8 +81,10 @@ def kept(packed: PackedWeight) -> Tensor:
 def detach(packed: PackedWeight, weight: Tensor, picked: Tensor) -> PackedWeight:
     """``packed`` with those ``picked`` [out, in] put back to ``weight`` (to fp16), beside what it kept.
 
-    The codes stay as they are, so what is stored is the residual: a reader adds it and needs no mask.
+    The codes stay as they are, so what is stored is the residual: a reader adds it and needs no mask. Where
+    fp16 cannot hold that, the weight stays rounded.
     """
     dense = replace(packed, outliers=None).dequantize()
     target = torch.where(picked, weight, packed.dequantize())
-    return replace(packed, outliers=SparseOverlay.of((target - dense) * (picked | kept(packed))))
+    residuals = (target - dense) * (picked | kept(packed))
+    return replace(packed, outliers=overlay(residuals.masked_fill(residuals.abs() > HALF_MAX, 0)))

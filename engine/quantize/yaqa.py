@@ -9,16 +9,16 @@ which asks of E only what is below and to the right of (i, j). The loss then is 
 where r is what rounding left. H_O = I gives GPTQ, from right to left.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from ...kernels.layout import PackedWeight, QuantSpec
+from ...kernels.layout import PackedWeight, QuantSpec, SparseOverlay
 from ..errors import ConfigError, LayerError
 from ..model.config import ModelConfig
 from . import gradients
-from .grid import fit, restore
+from .grid import Grid, fit, fit_by, restore
 from .hessian import FactorizationError
 from .kronecker import Sketches, sketch_bytes
 from .options import QuantizeOptions
@@ -45,15 +45,37 @@ def round_two_sided(
     spec: QuantSpec,
     mse: float = 0.0,
     exclude: Tensor | None = None,
+    costs: Tensor | None = None,
 ) -> PackedWeight:
     """Quantize ``weight`` [m, n] (not changed). factors: L_O [m, m], L_I [n, n], unit lower triangular.
+
+    mse: 0 takes whole ranges, else the exponent of the error that a group's range minimises; costs: [n], what
+    an input's error counts in it (D_I is what it counts in the loss); None: all the same.
 
     A group of at most TILE inputs is fitted when it is reached, on weights that hold every error below and to
     the right of its tile (ours; the paper's quantizers have no groups); a wider one on the weights as they
     come. exclude: [m, n] bool, weights that count for no range and make no error; what the recursion made of
     them comes back exactly (to fp16) by ``outliers``. Raises ScaleOverflowError.
     """
-    return _TwoSided(weight, factors, spec, mse, exclude).run()
+    return _TwoSided(weight, factors, spec, _Ranges(mse, exclude, costs)).run()
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranges:
+    """What the ranges of groups depend on; see round_two_sided."""
+
+    mse: float
+    exclude: Tensor | None
+    costs: Tensor | None
+
+    def fit(self, weight: Tensor, spec: QuantSpec, down: slice, inputs: slice) -> Grid:
+        """The grid of one group, whose weights ``weight`` stand at [down, inputs]."""
+        masked = None if self.exclude is None else self.exclude[down, inputs]
+        if self.mse == 0 or self.costs is None:
+            return fit(weight, spec, self.mse, masked)
+        costs = self.costs[inputs]
+        counted = weight if masked is None else weight.masked_fill(masked, 0)
+        return fit_by(counted, spec, lambda d: (d.abs_().pow_(self.mse) * costs).sum(1, keepdim=True))
 
 
 class _TwoSided:
@@ -62,10 +84,9 @@ class _TwoSided:
         weight: Tensor,
         factors: tuple[Tensor, Tensor],
         spec: QuantSpec,
-        mse: float,
-        exclude: Tensor | None,
+        ranges: _Ranges,
     ) -> None:
-        self.weight, self.spec, self.mse, self.exclude = weight, spec, mse, exclude
+        self.weight, self.spec, self.ranges, self.exclude = weight, spec, ranges, ranges.exclude
         self.lower_out, self.lower_in = factors
         rows, cols = weight.shape
         self.size = cols if spec.group_size == -1 else spec.group_size
@@ -96,8 +117,7 @@ class _TwoSided:
         for start in range(across.start, across.stop, self.size):
             stop = min(start + self.size, across.stop)
             columns = weight[:, start - across.start : stop - across.start]
-            masked = None if self.exclude is None else self.exclude[down, start:stop]
-            grid = fit(columns, self.spec, self.mse, masked)
+            grid = self.ranges.fit(columns, self.spec, down, slice(start, stop))
             self.scales[down, start // self.size] = grid.scales[:, 0]
             self.zeros[down, start // self.size] = grid.zeros[:, 0]
 
@@ -203,8 +223,70 @@ class YAQA:
                 layer=module.name,
             )
         inputs.lerp_(_unit_diagonal(stats), self.activations)
-        factors = _shrunk_factor(outputs, self.shrinkage), _shrunk_factor(inputs, self.shrinkage / 2)
-        return round_two_sided(module.weight, factors, module.spec, self.mse, module.exclude)
+        order = _Order.of(outputs, inputs, module.spec)
+        (lower_out, _), (lower_in, costs) = (
+            _shrunk_factors(order.rows_of(outputs), self.shrinkage),
+            _shrunk_factors(order.cols_of(inputs), self.shrinkage / 2),
+        )
+        exclude = None if module.exclude is None else order.apply(module.exclude)
+        weight, factors = order.apply(module.weight), (lower_out, lower_in)
+        packed = round_two_sided(weight, factors, module.spec, self.mse, exclude, costs)
+        return order.undo(packed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """In which rows [m], columns [n] and groups are laid out for rounding, which goes from the last to the
+    first.
+
+    The largest diagonals of H come last, columns within their groups and groups by their largest, as in
+    GPTQ's group-aware order (arXiv 2505.14638); rows are free. Ours: the paper's order is that of the weight.
+    """
+
+    rows: Tensor
+    cols: Tensor
+    groups: Tensor
+
+    @staticmethod
+    def of(outputs: Tensor, inputs: Tensor, spec: QuantSpec) -> "_Order":
+        """Groups that do not divide a row leave the columns as they are."""
+        rows, diagonal = torch.argsort(outputs.diagonal(), stable=True), inputs.diagonal()
+        size = len(diagonal) if spec.group_size == -1 else spec.group_size
+        if len(diagonal) % size:
+            return _Order(rows, torch.arange(len(diagonal)), torch.arange(spec.num_groups(len(diagonal))))
+        within = diagonal.view(-1, size)
+        groups = torch.argsort(within.amax(1), stable=True)
+        cols = torch.argsort(within, dim=1, stable=True) + torch.arange(0, len(diagonal), size)[:, None]
+        return _Order(rows, cols[groups].flatten(), groups)
+
+    def apply(self, matrix: Tensor) -> Tensor:
+        """[m, n] in this order."""
+        return matrix[self.rows][:, self.cols]
+
+    def rows_of(self, matrix: Tensor) -> Tensor:
+        """[m, m] in this order."""
+        return matrix[self.rows][:, self.rows]
+
+    def cols_of(self, matrix: Tensor) -> Tensor:
+        """[n, n] in this order."""
+        return matrix[self.cols][:, self.cols]
+
+    def undo(self, packed: PackedWeight) -> PackedWeight:
+        """Back in the checkpoint's order."""
+        rows, cols, groups = (torch.argsort(order) for order in (self.rows, self.cols, self.groups))
+        outliers = packed.outliers
+        if outliers is not None:
+            residuals = torch.zeros(packed.values.shape)
+            outliers.add_to(residuals)
+            outliers = SparseOverlay.of(residuals[rows][:, cols])
+        assert packed.scales is not None
+        return replace(
+            packed,
+            values=packed.values[rows][:, cols].contiguous(),
+            scales=packed.scales[rows][:, groups].contiguous(),
+            zeros=None if packed.zeros is None else packed.zeros[rows][:, groups].contiguous(),
+            outliers=outliers,
+        )
 
 
 def _unit_diagonal(matrix: Tensor) -> Tensor:
@@ -213,18 +295,18 @@ def _unit_diagonal(matrix: Tensor) -> Tensor:
     return matrix / mean if mean > 0 else torch.eye(len(matrix))
 
 
-def _shrunk_factor(matrix: Tensor, share: float) -> Tensor:
-    """L of (1 - share) ``matrix`` + share I, the share raised tenfold until that is positive definite."""
+def _shrunk_factors(matrix: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """L and D of (1 - share) ``matrix`` + share I, the share raised tenfold until it is positive definite."""
     eye = torch.eye(len(matrix), dtype=matrix.dtype)
     while (found := unit_lower(torch.lerp(matrix, eye, share))) is None:
         assert share < 1, "the identity is positive definite"
         share = min(1.0, 10 * share)
-    return found[0]
+    return found
 
 
 def recipe(options: QuantizeOptions) -> Recipe:
     """--method yaqa."""
-    options.refuse_actorder("it rounds from the last input to the first")
+    options.refuse_actorder("but its own, within groups and over the outputs")
     if options.transform not in (None, "none"):
         raise ConfigError(
             f"--transform {options.transform}: yaqa's sketch is of the weights as they are; use none, or gptq"

@@ -1,11 +1,16 @@
 """YAQA's two-sided rounding: its fixed point, its loss, and GPTQ as the special case."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from nybble.engine.quantize import yaqa
 from nybble.engine.quantize.grid import round_nearest
-from nybble.engine.quantize.yaqa import round_two_sided, unit_lower
+from nybble.engine.quantize.kronecker import Sketches
+from nybble.engine.quantize.pipeline import ToRound
+from nybble.engine.quantize.yaqa import YAQA, round_two_sided, unit_lower
 from nybble.kernels.layout import PackedWeight, QuantSpec
+from safetensors.torch import save_file
 from torch import Tensor
 
 
@@ -28,7 +33,7 @@ def lower(matrix: Tensor) -> Tensor:
 
 
 def loss(weight: Tensor, packed: PackedWeight, outputs: Tensor, inputs: Tensor) -> float:
-    error = weight - packed.dequantize(torch.float64)
+    error = weight.double() - packed.dequantize(torch.float64)
     return float(torch.trace(error.T @ outputs @ error @ inputs))
 
 
@@ -122,3 +127,41 @@ def test_excluded_weights_are_exact_in_the_recursion() -> None:
 
 def test_indefinite_matrices_are_told() -> None:
     assert unit_lower(torch.tensor([[1.0, 2.0], [2.0, 1.0]])) is None
+
+
+@pytest.mark.parametrize("group_size", [-1, 16, 24])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_order_is_undone(group_size: int, symmetric: bool, tmp_path: Path) -> None:
+    """What comes back is on its own grids, and as good as the proxy says; also where groups divide no row."""
+    weight, outputs, inputs = (matrix.float() for matrix in problem(40, 64))
+    inputs[3] *= 4
+    inputs[:, 3] *= 4
+    outputs[7] *= 4
+    outputs[:, 7] *= 4
+    save_file({"a.b.0.c/outputs": outputs, "a.b.0.c/inputs": inputs}, tmp_path / "sketch-00000.safetensors")
+    rounder = YAQA(shrinkage=1e-3, activations=0.0, mse=2.0)
+    rounder._sketches = Sketches(tmp_path)
+    exclude = torch.zeros_like(weight, dtype=torch.bool)
+    exclude[11, 30] = True
+    spec = QuantSpec(3, group_size, symmetric)
+    packed = rounder.round(ToRound("a.b.0.c", weight, spec, exclude), inputs)
+    values = packed.dequantize(torch.float64)
+    off_grid = (nearest(packed, values) - values).abs() > 1e-6
+    assert off_grid.nonzero().tolist() in ([[11, 30]], [])
+    plain = round_two_sided(weight, (lower(outputs), lower(inputs)), spec)
+    costs = [loss(weight, found, outputs.double(), inputs.double()) for found in (packed, plain)]
+    assert costs[0] < costs[1]
+
+
+def test_ranges_heed_what_an_input_costs() -> None:
+    """A group is narrowed for the sake of inputs that count, at the cost of a wide one that does not."""
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    weight[:, 5] = 20.0
+    costs = torch.ones(32)
+    costs[5] = 1e-6
+    eyes, spec = (torch.eye(4), torch.eye(32)), QuantSpec(3, 32, True)
+    heeding = round_two_sided(weight, eyes, spec, 2.0, costs=costs)
+    plain = round_two_sided(weight, eyes, spec, 2.0)
+    assert heeding.scales is not None
+    assert plain.scales is not None
+    assert bool((heeding.scales < plain.scales / 2).all())

@@ -58,7 +58,7 @@ def candidates(weight: Tensor, spec: QuantSpec, mse: float) -> Iterator[Choice]:
     sample = weight[:: max(1, out // SAMPLED_ROWS)]
     specs = [replace(spec, num_bits=bits, group_size=size) for bits in BITS for size in GROUP_SIZES]
     for found in dict.fromkeys([spec, *specs]):
-        if found != spec and in_ % found.group_size:
+        if found != spec and found.group_size > in_:
             continue
         if GPTQFormat(found).expressible(out, in_, found) is not None:
             continue

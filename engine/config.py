@@ -7,7 +7,7 @@ from .errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
-CpuKernels = Literal["auto", "vnni", "avx2", "torch"]
+CpuKernels = Literal["auto", "vnni", "avx2", "torch", "portable"]
 CpuActivations = Literal["int8", "bf16", "fp32"]
 
 
@@ -28,7 +28,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     lag: int = 0  # steps planned ahead of the one that runs: 0 or 1 (a CPU has nothing to overlap)
     seed: int = 0
-    cpu_kernels: CpuKernels = "auto"  # compiled ones for the CPU's best instruction set, or for this one
+    cpu_kernels: CpuKernels = "auto"  # compiled for the CPU's best instruction set, or this one; or without
     lm_head_bits: int | None = None  # 8 or 4: round a dense output head, in groups of 32; else as stored
     cpu_activations: CpuActivations | None = None  # what low-bit weights meet in compiled kernels
     generation_config: Literal["auto", "none"] = "auto"

@@ -28,7 +28,7 @@ class Target:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     cpu_features: frozenset[str] = field(default_factory=frozenset)
-    cpu_kernels: str = "torch"  # "auto", "vnni", "avx2": compiled ones; "torch": torch's own
+    cpu_kernels: str = "torch"  # "auto", "vnni", "avx2": compiled; "torch", "portable": see docs/kernels.md
     cpu_activations: str = "fp32"  # what low-bit weights meet in compiled kernels: "int8", "bf16", "fp32"
 
     @property
@@ -134,6 +134,7 @@ OPS: dict[str, tuple[str, ...]] = {
         ".cpu.numba_linear:dense",
         ".cpu.linear:dense_fp16",
         ".cpu.linear:dequant_fp16",
+        ".cpu.portable:low_bit",
         ".triton.linear:sparse_24",
         ".triton.linear:low_bit",
         ".reference:linear",

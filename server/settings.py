@@ -92,7 +92,9 @@ class Settings(BaseSettings):
     prefix_caching: bool = Field(True, description="let requests share the KV cache of equal beginnings")
     lag: int = Field(0, description="steps planned ahead of the one that runs: 0 or 1")
     cpu_kernels: CpuKernels = Field(
-        "auto", description="compiled kernels for this instruction set, or torch's own (auto: the CPU's best)"
+        "auto",
+        description="compiled kernels for this instruction set (auto: the CPU's best), torch's own, or "
+        "portable: low-bit weights stay packed and need no special instructions",
     )
     cpu_activations: CpuActivations | None = Field(
         None,

@@ -42,6 +42,8 @@ class Fp16PackedKernel:
         """Why it cannot take the weight, or None."""
         if not target.is_cpu:
             return f"runs on a CPU, not on {target.device}"
+        if target.cpu_kernels == "portable":
+            return "--cpu-kernels portable was asked for"
         if (weight.spec is not None) != self.quantized:
             return f"takes {'quantized' if self.quantized else 'dense'} weights only"
         if target.dtype != torch.float16:

@@ -29,8 +29,8 @@ def why_not(target: Target) -> str | None:
     """Why compiled kernels cannot run on a target, or None."""
     if not target.is_cpu:
         return f"runs on a CPU, not on {target.device}"
-    if target.cpu_kernels == "torch":
-        return "--cpu-kernels torch was asked for"
+    if target.cpu_kernels in ("torch", "portable"):
+        return f"--cpu-kernels {target.cpu_kernels} was asked for"
     if find_spec("numba") is None:
         return "numba is not installed"
     if instruction_set(target) is None:

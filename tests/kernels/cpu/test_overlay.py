@@ -148,3 +148,22 @@ def test_fused_and_cut_weights_keep_their_residuals() -> None:
 
 def test_no_entries_cost_nothing() -> None:
     assert pack_overlay(SparseOverlay.empty(40), 64) is None
+
+
+@pytest.mark.parametrize(("isa", "activations"), MODES)
+@pytest.mark.parametrize("tokens", [2, 30])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_padding_that_reads_what_is_not_finite_spoils_no_output_that_was_sound(
+    isa: str, activations: str, tokens: int, broken: float
+) -> None:
+    """Padded slots read input 0 of a token: its outputs are none the worse, as the linear made them so."""
+    plain = quantized(50, 356)
+    linear = compile_low_bit(with_outliers(plain, residuals(50, 356, 0.03)), isa, activations)
+    x = inputs_of(tokens, 356)
+    expected = linear(x)
+    x[1, 0] = broken
+    found = linear(x)
+    assert not found[1].isfinite().any()
+    assert not compile_low_bit(plain, isa, activations)(x)[1].isfinite().any()
+    expected[1] = found[1] = 0
+    assert torch.equal(found, expected)

@@ -94,6 +94,28 @@ def _value_sums(isa: int, kind: int, head_dim: int) -> Any:
     return value_sums
 
 
+def _span_scores(kind: int, group: int, head_dim: int, block_size: int) -> Any:
+    """A span's rows times the keys of tokens [first, stop) of one KV head; rows of weights start at begin."""
+    pages = block_size // 16
+    page_key_bytes = head_dim * 16 * ELEMENT_BYTES[kind]
+    key_scores = _key_scores(kind, head_dim)
+    ldp = group * CHUNK
+
+    @njit(nogil=True, error_model="numpy")
+    def span_scores(q, ldq, keys, rows, table, kv_heads, head, probs, begin, first, stop):
+        for t in range(first, stop, 16):
+            block = load_i32(table + 4 * (t // block_size))
+            page = keys + ((block * kv_heads + head) * pages + t % block_size // 16) * page_key_bytes
+            to = probs + (t - begin) * 4
+            if rows == 1:
+                key_scores(group, q, head_dim, page, to, CHUNK)
+            else:
+                for h in range(group):
+                    key_scores(rows, q + h * head_dim * 4, ldq, page, to + h * CHUNK * 4, ldp)
+
+    return span_scores
+
+
 def _span_chunk(isa: int, kind: int, group: int, head_dim: int, block_size: int) -> Any:
     """One span against tokens [begin, stop) of its sequence, for one KV head.
 
@@ -103,9 +125,7 @@ def _span_chunk(isa: int, kind: int, group: int, head_dim: int, block_size: int)
     """
     size = ELEMENT_BYTES[kind]
     scale = np.float32(head_dim**-0.5)
-    pages = block_size // 16
-    page_key_bytes = head_dim * 16 * size
-    key_scores = _key_scores(kind, head_dim)
+    span_scores = _span_scores(kind, group, head_dim, block_size)
     value_sums = _value_sums(isa, kind, head_dim)
     ldp = group * CHUNK  # from a row to the next, of weights and of accumulators
     lda = group * head_dim
@@ -118,15 +138,7 @@ def _span_chunk(isa: int, kind: int, group: int, head_dim: int, block_size: int)
         first = begin
         if window > 0:
             first = max(begin, position - window + 1) // 16 * 16
-        for t in range(first, stop, 16):
-            block = load_i32(table + 4 * (t // block_size))
-            page = keys + ((block * kv_heads + head) * pages + t % block_size // 16) * page_key_bytes
-            to = probs + (t - begin) * 4
-            if rows == 1:
-                key_scores(group, q, head_dim, page, to, CHUNK)
-            else:
-                for h in range(group):
-                    key_scores(rows, q + h * head_dim * 4, ldq, page, to + h * CHUNK * 4, ldp)
+        span_scores(q, ldq, keys, rows, table, kv_heads, head, probs, begin, first, stop)
         for r in range(rows):
             end = min(stop, position + r + 1)
             low = begin

@@ -5,7 +5,7 @@ not refuse is taken. Adding a kernel is one file and one line in ``OPS``.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from typing import Any, Protocol, TypeVar
 
@@ -139,6 +139,7 @@ OPS: dict[str, tuple[str, ...]] = {
         ".triton.linear:low_bit",
         ".reference:linear",
     ),
+    "sparse_product": (".triton.sparse_product:cusparselt", ".reference:sparse_product"),
     "embedding": (".reference:embedding",),
     "rms_norm": (".pointwise:rms_norm",),
     "add_rms_norm": (".pointwise:add_rms_norm",),
@@ -189,4 +190,4 @@ class Ops:
     @staticmethod
     def resolve(target: Target) -> "Ops":
         """All of them for ``target``."""
-        return Ops(*(resolve(op, target) for op in OPS if op != "linear"))
+        return Ops(*(resolve(op.name, target) for op in fields(Ops)))

@@ -55,6 +55,14 @@ class _DenseKernel:
 linear = _DenseKernel()
 
 
+def sparse_product(x: Tensor, matrix: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
+    """x: [T, K]; matrix: [N, K], of every four consecutive inputs at most two not zero, both fp16 or bf16.
+
+    bias: fp32 [out_features]. Gives [T, out_features]: rows of the matrix from there on are padding.
+    """
+    return F.linear(x, matrix[:out_features], None if bias is None else bias.to(x.dtype))
+
+
 def embedding(token_ids: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
     """token_ids: [T] int64; table: [vocab, H] of any float dtype. Returns [T, H] of ``dtype``."""
     return F.embedding(token_ids, table).to(dtype)

@@ -2,10 +2,10 @@
 
 ``kernels/tuned/NAME.json`` (NAME: the GPU's, lower case, dashes) holds what was measured on it;
 default.json has rules for each architecture. A file is {"rules": [...]}; the first rule that fits is taken,
-a GPU's own file first. Rule: tokens (at most so many; null: any), kernel, BM, BN, warps, stages, programs
-(wanted per multiprocessor, by splitting K); it fits only the given architectures, bits and shape ([N, K],
-padded) where it has them. With sparsity "2:4" or "overlay" it fits only such weights; one without fits
-those with an overlay, too.
+that of the user's folder (``use_tuned``) first, then the GPU's own, then the default. Rule: tokens (at most
+so many; null: any), kernel, BM, BN, warps, stages, programs (wanted per multiprocessor, by splitting K); it
+fits only the given architectures, bits, weights (N * K, at most so many) and shape ([N, K], padded) where it
+has them. With sparsity "2:4", "overlay" or "none" it fits only such weights; one without fits all but 2:4.
 """
 
 import json
@@ -14,10 +14,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import torch
 
+KERNELS = ("mma", "tile", "sparse24", "dense", "cusparselt")
+CONSTANTS = ("BM", "BN", "warps", "stages", "programs")
 MIN_STEPS = 2  # of 128 inputs that a split has at least: less is all start and end
 
 
@@ -49,7 +52,10 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Constants of one launch. kernel: "mma", "tile", "sparse24", or "dense": dequantize, then torch's."""
+    """Constants of one launch. kernel: one of ``KERNELS``.
+
+    "dense": a matrix is made, then torch's product; "cusparselt": the same, compressed, for 2:4.
+    """
 
     kernel: str
     BM: int = 0
@@ -107,12 +113,20 @@ def choose(
         limit = rule["tokens"]
         if limit is not None and tokens > limit:
             continue
-        if rule.get("sparsity") not in (sparsity, None if sparsity == "overlay" else sparsity):
+        if not _fits_sparsity(rule.get("sparsity"), sparsity):
+            continue
+        if shape[0] * shape[1] > (rule.get("weights") or float("inf")):
             continue
         if rule.get("bits", bits) == bits and tuple(rule.get("shape", shape)) == shape:
-            constants = {k: rule[k] for k in ("BM", "BN", "warps", "stages", "programs") if k in rule}
+            constants = {k: rule[k] for k in CONSTANTS if k in rule}
             return Launch(rule["kernel"], **constants).fitted(shape[0])
     raise LookupError(f"no launch for {tokens} tokens on {machine.architecture}")
+
+
+def _fits_sparsity(stated: str | None, sparsity: str | None) -> bool:
+    if stated is None:
+        return sparsity != "2:4"
+    return stated == (sparsity or "none")
 
 
 def limits(machine: Machine, max_tokens: int) -> list[int]:
@@ -126,15 +140,56 @@ def supports(machine: Machine, sparsity: str | None = None) -> bool:
     return any(r.get("sparsity") == sparsity for r in _rules(machine.name, machine.architecture))
 
 
+def use_tuned(folder: Path) -> None:
+    """Take the rules of ``folder``/NAME.json before all others from now on.
+
+    Raises ValueError, which names the file, where one is not a file of rules.
+    """
+    _USERS.folder = folder
+    _file.cache_clear()
+    choose.cache_clear()
+    for path in sorted(folder.glob("*.json")):
+        _read(path)
+
+
+def slug(name: str) -> str:
+    """A GPU's name as its file has it."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+class _Users:
+    """Of this process."""
+
+    folder: Path | None = None
+
+
+_USERS = _Users()
+
+
 @cache
 def _file(name: str) -> tuple[Mapping[str, Any], ...]:
-    """A file's rules; none if there is no file."""
-    path = files(__package__.rpartition(".")[0]) / "tuned" / f"{name}.json"
-    return tuple(json.loads(path.read_text())["rules"]) if path.is_file() else ()
+    """The user's rules, then ours; none if there is no file."""
+    ours = files(__package__.rpartition(".")[0]) / "tuned" / f"{name}.json"
+    rules = tuple(json.loads(ours.read_text())["rules"]) if ours.is_file() else ()
+    users = None if _USERS.folder is None else _USERS.folder / f"{name}.json"
+    return (*(_read(users) if users is not None and users.is_file() else ()), *rules)
+
+
+def _read(path: Path) -> list[Mapping[str, Any]]:
+    """A user's file, checked."""
+    try:
+        rules = json.loads(path.read_text(encoding="utf-8"))["rules"]
+        for rule in rules:
+            whole = [rule[name] for name in CONSTANTS if rule["kernel"] not in ("dense", "cusparselt")]
+            if rule["kernel"] not in KERNELS or not all(type(n) is int and n > 0 for n in whole):
+                raise ValueError(f"a rule that is none: {json.dumps(rule)}")
+            rule["tokens"] = rule["tokens"] and int(rule["tokens"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a file of launch rules ({type(error).__name__}: {error})") from error
+    return list(rules)
 
 
 def _rules(name: str, architecture: str) -> Iterator[Mapping[str, Any]]:
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    for rule in (*_file(slug), *_file("default")):
+    for rule in (*_file(slug(name)), *_file("default")):
         if architecture in rule.get("architectures", (architecture,)):
             yield rule

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import torch
 
-from ..dispatch import PackedLinear, Target, WeightTraits
+from ..dispatch import PackedLinear, Target, WeightTraits, resolve
 from ..layout import PackedWeight
 from .launch import Machine, supports
 
@@ -61,7 +61,8 @@ class Sparse24Kernel:
         packing = import_module(".packing24", __package__)
         low_bit = import_module(".low_bit", __package__)
         packed = packing.pack24(weight, target.device, target.dtype)
-        linear: PackedLinear = low_bit.Sparse24Linear(packed, Machine.of(target.device))
+        product = resolve("sparse_product", target)
+        linear: PackedLinear = low_bit.Sparse24Linear(packed, Machine.of(target.device), product)
         return linear
 
 

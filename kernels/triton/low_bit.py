@@ -3,13 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from ..reference import sparse_product
 from .arrange import arrange
 from .dequantize import add_overlay, dequantize, expand24
 from .fragments import ROWS, STEP
@@ -58,18 +59,27 @@ def warm(linears: Iterable[object], dtype: torch.dtype, max_tokens: int, threads
 
     A kernel is compiled once, however many linears launch it. Triton keeps it on disk for the next start.
     """
+    jobs = [partial(p.compile, dtype, max_tokens) for p in linears if isinstance(p, _PackedLinear)]
+    return compile_all(jobs, threads)
+
+
+def compile_all(jobs: Iterable[Callable[[], None]], threads: int, *, ignore_errors: bool = False) -> int:
+    """Run ``jobs``, that compile, in parallel; returns how many kernels. Interpreted kernels need none."""
     if triton.knobs.runtime.interpret:
         return 0
-    with ThreadPoolExecutor(threads) as executor, triton.AsyncCompileMode(executor) as mode:
-        for linear in linears:
-            if isinstance(linear, _PackedLinear):
-                linear.compile(dtype, max_tokens)
+    mode = triton.AsyncCompileMode(executor := ThreadPoolExecutor(threads), ignore_errors=ignore_errors)
+    with executor, mode:
+        for job in jobs:
+            job()
     return len(mode.future_kernels)
 
 
 def _unused(weight: _Weight, dtype: torch.dtype) -> Tensor:
     """A pointer that is not followed, of the type that it has where it is: one more type, one more kernel."""
     return weight.words.view(dtype)
+
+
+_Product = Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
 
 
 class _PackedLinear(ABC):
@@ -79,7 +89,8 @@ class _PackedLinear(ABC):
     programs run. Not for two streams at once: launches of one linear share locks.
     """
 
-    def __init__(self, weight: _Weight, machine: Machine) -> None:
+    def __init__(self, weight: _Weight, machine: Machine, product: _Product = sparse_product) -> None:
+        self._product24 = product
         self._machine = machine
         self._base = weight
         rows = int(weight.words.shape[0]) * ROWS.value
@@ -94,28 +105,40 @@ class _PackedLinear(ABC):
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, in_features] -> [T, out_features]."""
-        w = self._base
         if len(x) == 0:
-            return x.new_empty(0, w.out_features)
+            return x.new_empty(0, self._base.out_features)
+        return self.launched(x, self._choose(len(x)))
+
+    def launched(self, x: Tensor, launch: Launch) -> Tensor:
+        """The same by ``launch``."""
+        w = self._base
         x = self._arranged(x, _launch)
-        launch = self._choose(len(x))
-        if launch.kernel == "dense":
-            return F.linear(x, self.dense(x.dtype), None if w.bias is None else w.bias.to(x.dtype))
+        if launch.kernel in ("dense", "cusparselt"):
+            return self._expanded(x, launch)
         out = x.new_empty(len(x), w.out_features)
         self._multiply(launch, x, out, len(x), _launch)
         return out
 
+    def _expanded(self, x: Tensor, launch: Launch) -> Tensor:
+        """By a product with the whole matrix, x arranged."""
+        w = self._base
+        product = self._product24 if launch.kernel == "cusparselt" else sparse_product
+        return product(x, self.dense(x.dtype), w.out_features, w.bias)
+
     def compile(self, dtype: torch.dtype, max_tokens: int) -> None:
         """Compile what calls with up to ``max_tokens`` tokens of ``dtype`` launch. See ``warm``."""
+        for tokens in limits(self._machine, max_tokens):
+            self.compile_launch(dtype, tokens, self._choose(tokens))
+
+    def compile_launch(self, dtype: torch.dtype, tokens: int, launch: Launch) -> None:
+        """Compile what ``launch`` needs for ``tokens`` tokens."""
         x = torch.empty(1, self._base.in_features, dtype=dtype, device=self._base.words.device)
         x = self._arranged(x, _compile)
-        for tokens in limits(self._machine, max_tokens):
-            launch = self._choose(tokens)
-            if launch.kernel == "dense":
-                self.dense(dtype, _compile)
-            else:
-                out = x.new_empty(1, self._base.out_features)
-                self._multiply(launch, x, out, tokens, _compile)
+        if launch.kernel in ("dense", "cusparselt"):
+            self.dense(dtype, _compile)
+        else:
+            out = x.new_empty(1, self._base.out_features)
+            self._multiply(launch, x, out, tokens, _compile)
 
     def _multiply(self, launch: Launch, x: Tensor, out: Tensor, tokens: int, run: _Run) -> None:
         """out = x @ weight.T + bias, x arranged."""
@@ -125,11 +148,11 @@ class _PackedLinear(ABC):
         splits = 1
         if tiles <= len(self._locks):
             splits = launch.splits(self._machine, tiles, w.inputs // STEP.value)
-        partial = _unused(w, torch.float32)
+        sums = _unused(w, torch.float32)
         if splits > 1:
-            partial = x.new_empty(tiles * splits * launch.BM * launch.BN, dtype=torch.float32)
+            sums = x.new_empty(tiles * splits * launch.BM * launch.BN, dtype=torch.float32)
         bias, num_bias = (_unused(w, torch.float32), 0) if w.bias is None else (w.bias, w.out_features)
-        tail = (out, partial, self._locks, tokens, w.out_features, w.inputs, splits, num_bias)
+        tail = (out, sums, self._locks, tokens, w.out_features, w.inputs, splits, num_bias)
         self._product(launch, (tiles_n, splits, tiles_m), (x, bias, tail), run)
 
     def _arranged(self, x: Tensor, run: _Run) -> Tensor:
@@ -155,7 +178,7 @@ class _PackedLinear(ABC):
 
     @abstractmethod
     def dense(self, dtype: torch.dtype, run: _Run = _launch) -> Tensor:
-        """The weight as a matrix [out_features, K] of ``dtype``, its inputs arranged."""
+        """The weight as a matrix [N, K] of ``dtype``, padded, its inputs arranged."""
 
 
 class LowBitLinear(_PackedLinear):
@@ -192,7 +215,7 @@ class LowBitLinear(_PackedLinear):
             run(tile_linear, (tiles_n * tiles_m, splits), *every, **constants, ASM=self._machine.is_cuda)
 
     def dense(self, dtype: torch.dtype, run: _Run = _launch) -> Tensor:
-        """The weight as a matrix [out_features, K] of ``dtype``, its inputs arranged."""
+        """The weight as a matrix [N, K] of ``dtype``, padded, its inputs arranged."""
         w = self.weight
         out = torch.empty(self._shape, dtype=dtype, device=w.words.device)
         zeros = _unused(w, torch.uint8) if w.zeros is None else w.zeros
@@ -203,14 +226,14 @@ class LowBitLinear(_PackedLinear):
         )  # fmt: skip
         if w.overlay is not None:
             run(add_overlay, grid[:1], *w.overlay.tensors, out, w.inputs)
-        return out[: w.out_features]
+        return out
 
 
 class Sparse24Linear(_PackedLinear):
-    """A weight with 2:4 sparsity, compressed."""
+    """A weight with 2:4 sparsity, compressed. product: the dispatch table's "sparse_product"."""
 
-    def __init__(self, weight: Sparse24Weight, machine: Machine) -> None:
-        super().__init__(weight, machine)
+    def __init__(self, weight: Sparse24Weight, machine: Machine, product: _Product = sparse_product) -> None:
+        super().__init__(weight, machine, product)
         self.weight = weight
 
     def _choose(self, tokens: int) -> Launch:
@@ -228,7 +251,7 @@ class Sparse24Linear(_PackedLinear):
         )  # fmt: skip
 
     def dense(self, dtype: torch.dtype, run: _Run = _launch) -> Tensor:
-        """The weight as a matrix [out_features, K] of ``dtype``, its inputs arranged."""
+        """The weight as a matrix [N, K] of ``dtype``, padded, its inputs arranged."""
         w = self.weight
         out = torch.empty(self._shape, dtype=dtype, device=w.words.device)
         scales = _unused(w, torch.float16) if w.scales is None else w.scales
@@ -237,4 +260,4 @@ class Sparse24Linear(_PackedLinear):
             expand24, grid, w.words, w.meta, scales, out, w.out_features, w.inputs,
             BITS=w.bits, GROUP=w.group,
         )  # fmt: skip
-        return out[: w.out_features]
+        return out

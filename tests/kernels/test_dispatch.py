@@ -27,7 +27,7 @@ def traits(max_abs: float = 1.0, spec: QuantSpec | None = None) -> WeightTraits:
 
 def test_every_op_has_a_reference_and_a_place_among_the_resolved_ops() -> None:
     assert set(OPS) == {name for name in vars(reference) if name in OPS}
-    assert set(OPS) == {"linear", *Ops.__dataclass_fields__}
+    assert set(OPS) == {"linear", "sparse_product", *Ops.__dataclass_fields__}
 
 
 def test_candidates_have_the_signatures_of_their_references() -> None:

@@ -174,6 +174,17 @@ def test_gpu_large(bits: int, tokens: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("bits", "kind"), [(4, "2:4"), (16, "half 2:4")])
+def test_gpu_many_tokens_by_cusparselt(bits: int, kind: str) -> None:
+    """Where torch has it: above 2048 tokens, see ``sparse_product``."""
+    target = Target("cuda", torch.bfloat16)
+    wanted = "cusparselt" if torch.backends.cusparselt.is_available() else "sparse_product"
+    assert choose("sparse_product", target).name == wanted
+    group = 128 if bits == 4 else -1
+    run(Case(bits, group, True, (520, 640), 2100, "bf16", bias=True, kind=kind), target)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 16, 100])
 def test_gpu_in_a_graph(tokens: int) -> None:
     """A captured call can be replayed: locks are back at zero, nothing is computed on the host."""

@@ -54,20 +54,24 @@ def test_splits_fill_the_gpu_and_no_more() -> None:
 
 
 def test_rules_hold_what_is_read_of_them(root: Path) -> None:
-    constants = {"BM", "BN", "warps", "stages", "programs"}
+    constants = set(launch.CONSTANTS)
+    matrices = ("dense", "cusparselt")
     for path in (root / "kernels/tuned").glob("*.json"):
         for rule in json.loads(path.read_text())["rules"]:
-            assert set(rule) <= constants | {"architectures", "tokens", "kernel", "bits", "shape", "sparsity"}
-            assert rule["kernel"] in ("mma", "tile", "sparse24", "dense")
-            assert (rule["kernel"] == "dense") or constants <= set(rule)
-            assert rule["kernel"] == "dense" or rule["tokens"] is None or rule["tokens"] <= rule["BM"]
+            conditions = {"architectures", "tokens", "kernel", "bits", "weights", "shape", "sparsity"}
+            assert set(rule) <= constants | conditions
+            assert rule["kernel"] in launch.KERNELS
+            assert (rule["kernel"] in matrices) or constants <= set(rule)
+            assert rule["kernel"] in matrices or rule["tokens"] is None or rule["tokens"] <= rule["BM"]
 
 
 def test_weights_with_sparsity_have_rules_of_their_own() -> None:
     kernels = [
-        choose(H200, bits, (4096, 4096), m, sparsity="2:4").kernel for bits in (4, 16) for m in (1, 64, 65)
+        choose(H200, bits, (4096, 4096), m, sparsity="2:4").kernel
+        for bits in (4, 16)
+        for m in (1, 64, 65, 3000)
     ]
-    assert kernels == ["sparse24", "sparse24", "dense"] * 2
+    assert kernels == ["sparse24", "sparse24", "dense", "cusparselt"] * 2
     assert choose(H200, 4, (4096, 4096), 1).kernel == "mma"
     assert not supports(Machine("", "gfx942", 304), "2:4")
 

@@ -92,7 +92,7 @@ def test_no_tokens_no_launch() -> None:
 @pytest.mark.parametrize("machine", [SM_90, launch.Machine("interpreted", "gfx942", 9)])
 def test_the_dense_matrix_is_the_weight_rounded_once(outliers: bool, machine: launch.Machine) -> None:
     w = weight(outliers)
-    dense = linear(w, machine).dense(torch.float16)
+    dense = linear(w, machine).dense(torch.float16)[: w.out_features]
     without = replace(w, outliers=None).dequantize(torch.float64).half()
     if w.outliers is not None:
         residual = torch.zeros(w.values.shape)
@@ -131,7 +131,7 @@ def test_compressed_weights_give_the_same_bits_in_any_order(halves: bool, tokens
         assert not built._locks.any()
     assert torch.equal(*results)
     assert error(w, x_of(tokens), results[0]) < 5e-4
-    assert torch.equal(built.dense(torch.float16), w.dequantize(torch.float64).half())
+    assert torch.equal(built.dense(torch.float16)[: w.out_features], w.dequantize(torch.float64).half())
 
 
 def test_bytes_are_counted() -> None:

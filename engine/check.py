@@ -219,7 +219,8 @@ def estimate_weights(
         for out, in_, spec, dtype in _fused(slot, checkpoint_format, found):
             has_g_idx = spec is not None and spec.actorder == "group"
             plain = spec is not None and (spec.num_bits, spec.symmetric, has_g_idx) == (4, True, False)
-            is_24 = plain and says_24(slot, checkpoint_format)
+            floats = checkpoint_format.default_spec is None
+            is_24 = (plain or floats) and says_24(slot, checkpoint_format)
             traits = WeightTraits(out, in_, spec, dtype, 0.0, has_g_idx, is_24)
             choice = choose("linear", target, weight=traits)
             key = (choice.name, out, in_, spec, dtype)

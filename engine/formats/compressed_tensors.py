@@ -63,7 +63,7 @@ class CompressedTensorsFormat:
     """Quant method "compressed-tensors".
 
     groups: the most specific target decides (a name, then patterns, then the class). ignore: dense modules.
-    bitmask: targets that are stored as 2:4 sparse floats; ``sparsity`` is what is said of quantized modules.
+    bitmask: targets that are stored as 2:4 sparse floats, of which ``sparsity`` speaks then.
     """
 
     groups: tuple[Group, ...] = ()
@@ -102,7 +102,7 @@ class CompressedTensorsFormat:
             _patterns(names(sparsity, "targets", f"{_WHERE}: sparsity_config") or ("Linear",))
             if bitmask
             else (),
-            "2:4" if structure == "2:4" and not bitmask else None,
+            "2:4" if structure == "2:4" or bitmask else None,
         )
 
     def spec(self, module: str) -> QuantSpec | None:

@@ -238,6 +238,13 @@ class GPTQFormat:
         if scales.dtype == torch.float32 and not torch.equal(scales.half().float(), scales):
             raise ValueError(f"{module}: scales are not fp16 values; round them before the codes are made")
 
+    def with_head(self, name: str, spec: QuantSpec) -> "GPTQFormat":
+        """The same with the output head quantized too."""
+        differs: dict[str, Any] = {} if spec.num_bits == self.base.num_bits else {"bits": spec.num_bits}
+        if self.base.actorder != spec.actorder:
+            differs["desc_act"] = spec.actorder == "group"
+        return replace(self, lm_head=True, dynamic={f"+:{re.escape(name)}$": differs, **self.dynamic})
+
     def config_entries(self) -> dict[str, Any]:
         """quantization_config."""
         return {"quantization_config": self.config_block()}

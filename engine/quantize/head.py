@@ -64,10 +64,7 @@ def with_head(storage: Format, spec: QuantSpec | None) -> Format:
     if isinstance(storage, OverlayFormat):
         return replace(storage, base=with_head(storage.base, spec))
     if isinstance(storage, GPTQFormat):
-        differs: dict[str, object] = {} if spec.num_bits == storage.base.num_bits else {"bits": spec.num_bits}
-        if storage.base.actorder != "none":
-            differs["desc_act"] = False
-        return replace(storage, lm_head=True, dynamic={f"+:{LM_HEAD}$": differs, **storage.dynamic})
+        return storage.with_head(LM_HEAD, spec)
     if isinstance(storage, CompressedTensorsFormat):
         ignore = tuple(name for name in storage.ignore if name != LM_HEAD)
         return replace(storage, groups=(*storage.groups, Group((LM_HEAD,), spec)), ignore=ignore)

@@ -297,7 +297,7 @@ def test_what_is_said_of_zeros() -> None:
     said = {"sparsity_config": {"format": "dense", "sparsity_structure": "2:4", "targets": ["Linear"]}}
     assert get_format(config() | said).sparsity == "2:4"
     assert get_format(config()).sparsity is None
-    assert get_format(BITMASK).sparsity is None
+    assert get_format(BITMASK).sparsity == "2:4"
     written = CompressedTensorsFormat((Group(("Linear",), QuantSpec(4, 32, True)),), ("lm_head",), (), "2:4")
     assert get_format(written.config_entries()["quantization_config"]) == written
 

@@ -1,17 +1,28 @@
 """A seeded random load: whatever happens, every request ends once, the books are right, tokens are too."""
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from nybble.engine.build import build_engine
+from nybble.engine.config import EngineConfig
 from nybble.engine.engine import Engine
 from nybble.engine.errors import RequestError
+from nybble.engine.hardware import cpu_features
 from nybble.engine.records import EngineRequest, SamplingParams, SequenceOutput
+from nybble.engine.tape_model import TapeModel
+from nybble.kernels.cpu.numba_linear import instruction_set
+from nybble.kernels.dispatch import Target
+from tiny_models import save_low_bit, tiny_transformer
 
-from .fakes import FAULTY_SEED, VOCAB, FakeExecutor, essence, make_engine, oracle
+from .fakes import EOS, FAULTY_SEED, VOCAB, FakeExecutor, essence, make_engine, oracle
 
 MAX_MODEL_LEN = 64
+RequestMaker = Callable[[random.Random, int], Iterator[EngineRequest]]
 
 
 @dataclass
@@ -70,11 +81,11 @@ def random_requests(rng: random.Random, count: int) -> Iterator[EngineRequest]:
         yield EngineRequest(request_id, prompt, params, cache_salt=rng.choice(("", "", "tenant")))
 
 
-def run_workload(engine: Engine, count: int, seed: int) -> Client:
+def run_workload(engine: Engine, count: int, seed: int, make: RequestMaker = random_requests) -> Client:
     """Arrivals in bursts, aborts at any moment, until nothing is left."""
     rng = random.Random(seed)
     client = Client()
-    requests = random_requests(rng, count)
+    requests = make(rng, count)
     arriving = True
     while arriving or engine.has_work:
         for _ in range(rng.choice((0, 0, 1, 1, 2, 6)) if len(client.living) < 30 else 0):
@@ -157,3 +168,114 @@ def test_two_runs_give_equal_traces(lag: int) -> None:
             (executor.plans, {key: client.whole(key) for key in client.requests if client.parts[key]})
         )
     assert runs[0] == runs[1]
+
+
+FEATURES = cpu_features()
+ISAS = [
+    isa for isa in ("avx2", "vnni") if instruction_set(Target(cpu_features=FEATURES, cpu_kernels=isa)) == isa
+]
+BROKEN = 90  # a token whose embedding overflows
+NEAR_TIE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama in 4 bit."""
+    model = tiny_transformer("llama", eos_token_id=list(EOS))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[BROKEN] = 3e38
+    return save_low_bit(model, tmp_path_factory.mktemp("model"))
+
+
+def model_requests(rng: random.Random, count: int) -> Iterator[EngineRequest]:
+    """The same load for a real model: some requests sample, by a seed; some break it."""
+    for request in random_requests(rng, count):
+        prompt, params = request.prompt_token_ids, request.params
+        if params.seed == FAULTY_SEED and len(prompt) < MAX_MODEL_LEN - 1:
+            prompt.insert(rng.randrange(len(prompt) + 1), BROKEN)
+        temperature = rng.choice((0.0, 0.0, 0.7))
+        params = replace(params, temperature=temperature, seed=request.request_id, logprobs=2)
+        yield replace(request, params=params)
+
+
+def real_engine(folder: Path, **options: Any) -> Engine:
+    config = EngineConfig(str(folder), "cpu", max_model_len=MAX_MODEL_LEN, **options)
+    return build_engine(config, lambda *_: None)[0]
+
+
+@pytest.mark.skipif(not ISAS, reason="the CPU has neither AVX2 nor AVX-512 VNNI")
+@pytest.mark.parametrize(
+    ("options", "lag", "caching"),
+    [
+        *(({"cpu_kernels": isa, "dtype": "bfloat16"}, index % 2, True) for index, isa in enumerate(ISAS)),
+        ({"dtype": "float32"}, 1, True),
+        ({"dtype": "float32"}, 0, False),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
+)
+def test_random_requests_over_the_tape(
+    options: dict[str, Any], lag: int, caching: bool, checkpoint: Path
+) -> None:
+    """The bits of a roomy engine on two threads; with float32, the tokens of the eager decoder too."""
+    count = 1000
+    itemsize = 4 if options["dtype"] == "float32" else 2
+    small = {
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 40,
+        "kv_cache_memory": 6 * 16 * 3 * 2 * 2 * 16 * itemsize,  # 6 blocks; a request may need 4
+        "enable_prefix_caching": caching,
+        "lag": lag,
+    }
+    engine = real_engine(checkpoint, num_threads=1, **small, **options)
+    assert isinstance(engine._executor._model, TapeModel)  # type: ignore[attr-defined]
+    client = run_workload(engine, count, seed=lag * 2 + caching, make=model_requests)
+    assert not client.living
+    ended = {key: client.whole(key) for key in client.requests if key not in client.aborted}
+    requests = [client.requests[key] for key in ended]
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.kv_usage) == (0, 0, 0)
+    reasons = [whole.finish_reason for whole in ended.values()]
+    assert min(reasons.count(reason) for reason in ("stop", "length", "error")) > count // 100
+    assert len(client.aborted) > count // 40
+    assert stats.num_preemptions > count // 30
+    assert (stats.prefix_cache_hits > count // 10) == caching
+
+    roomy = real_engine(checkpoint, num_threads=2, enable_prefix_caching=False, **options)
+    for found, expected in zip(ended.values(), generate(roomy, requests), strict=True):
+        if found.finish_reason == "error":  # it may have met its error before its prompt was sent
+            expected.prompt_logprobs = found.prompt_logprobs
+        expected.logprobs = expected.logprobs or []
+        assert essence(found) == essence(expected)
+    if options["dtype"] == "float32":
+        eager = real_engine(checkpoint, num_threads=1, cpu_kernels="torch", **options)
+        check_tokens(list(ended.values()), generate(eager, requests), requests)
+
+
+def generate(engine: Engine, requests: list[EngineRequest]) -> list[SequenceOutput]:
+    return engine.generate([r.prompt_token_ids for r in requests], [r.params for r in requests])
+
+
+def check_tokens(
+    found: list[SequenceOutput], expected: list[SequenceOutput], requests: list[EngineRequest]
+) -> None:
+    """Equal tokens and endings; greedy ones may part at a near tie, sampled ones where a draw is as near."""
+    parted = 0
+    for got, wanted, request in zip(found, expected, requests, strict=True):
+        if (got.token_ids, got.finish_reason) == (wanted.token_ids, wanted.finish_reason):
+            continue
+        if "error" in (
+            got.finish_reason,
+            wanted.finish_reason,
+        ):  # what overflows depends on the order of sums
+            assert BROKEN in request.prompt_token_ids + got.token_ids + wanted.token_ids
+            continue
+        parted += 1
+        if request.params.temperature == 0:
+            place = next(
+                i for i, (a, b) in enumerate(zip(got.token_ids, wanted.token_ids, strict=False)) if a != b
+            )
+            assert wanted.logprobs is not None
+            first, second = wanted.logprobs[place].top_logprobs[:2]
+            assert first - second < NEAR_TIE
+    print(f"{parted} of {len(found)} requests part from the eager decoder's")
+    assert parted <= len(found) // 100

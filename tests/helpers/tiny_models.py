@@ -1,19 +1,22 @@
 """Tiny models with random weights by transformers, and the same ones through our loader and decoder."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from nybble.engine.config import EngineConfig
 from nybble.engine.engine import Engine
+from nybble.engine.formats.gptq import GPTQFormat
 from nybble.engine.model.decoder import Decoder, causal_attend
 from nybble.engine.model.loader import load_model
 from nybble.engine.model_files import ModelFiles
-from nybble.engine.quantize.job import quantize
-from nybble.engine.quantize.options import QuantizeOptions
+from nybble.engine.quantize.grid import round_nearest
 from nybble.engine.runner import Runner
 from nybble.engine.step_model import EagerModel
 from nybble.kernels.dispatch import Ops
+from nybble.kernels.layout import QuantSpec
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -48,13 +51,22 @@ def tiny_transformer(model_type: str, **fields: Any) -> Any:
     return model
 
 
-def save_low_bit(model: Any, folder: Path, **options: Any) -> Path:
-    """A model of transformers, rounded to nearest by our quantizer (4 bit, groups of 32); its folder."""
-    source, out = folder / "dense", folder / "low_bit"
-    model.save_pretrained(source)
-    given = {"bits": 4, "group_size": 32, **options}
-    quantize(QuantizeOptions(str(source), str(out), "rtn", **given), lambda *_: None, lambda _: None)
-    return out
+def save_low_bit(model: Any, folder: Path, bits: int = 4, symmetric: bool = True) -> Path:
+    """A model of transformers as a GPTQ checkpoint: its layers' linears rounded to nearest, groups of 32."""
+    spec = QuantSpec(bits, 32, symmetric)
+    storage = GPTQFormat(spec, "gptq" if symmetric else "gptq_v2")
+    tensors: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        module = name.removesuffix(".weight")
+        rounded = (
+            storage.write(module, round_nearest(value, spec)) if module.endswith("_proj") else {name: value}
+        )
+        tensors |= {key: tensor.contiguous() for key, tensor in rounded.items()}
+    model.config.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": storage.config_block()}))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
 
 
 def load_decoder(folder: Path, dtype: str = "float32", device: str = "cpu") -> Decoder:

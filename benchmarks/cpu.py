@@ -26,6 +26,7 @@ other engines are measured if interpreters that have them are named:
 import argparse
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import sys
@@ -43,7 +44,6 @@ from workers import Disturbance, Worker, tree_proportional_bytes
 STREAMS = 8
 PROMPT = 16
 FIRST_PROMPT = 128
-DECODE_REPEATS = 3  # of decode 1 in a round: it stands at the memory's limit, which drifts
 
 
 @dataclass
@@ -80,6 +80,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", choices=[*shapes(), "all"], default="1b")
     parser.add_argument("--threads", type=int, help="of every engine; default: 1 for tiny, else all cores")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--decode-repeats", type=int, default=5,
+                        help="of decode 1 in a round: it stands at memory's limit, which drifts")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="one round, no full KV cache, no server")
     parser.add_argument("--isa", nargs="+", choices=["auto", "vnni", "avx2", "torch"], default=["auto"],
                         help="our kernels; several: each is a contender")  # fmt: skip
@@ -115,7 +117,7 @@ def measure_shape(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
                 streams=STREAMS, options=contender.options,
             )  # fmt: skip
         rounds = Rounds(shape, field_of, bandwidth, threads, vocab_size(made))
-        rounds.run(options.rounds)
+        rounds.run(options.rounds, options.decode_repeats)
         if not options.quick:
             rounds.fill()
     served = None if options.quick else served_memory(made / "nybble", shape, threads)
@@ -186,28 +188,29 @@ class Rounds:
         self._threads = threads
         self._vocab = vocab
         self._random = random.Random(0)
+        self._turns = itertools.count()
         self.log: list[dict[str, Any]] = []
 
     def _prompts(self, count: int, length: int) -> list[list[int]]:
         return [[self._random.randrange(4, self._vocab) for _ in range(length)] for _ in range(count)]
 
-    def run(self, count: int) -> None:
-        """A round of warm-up, then ``count`` of them; the engines' order rotates."""
+    def run(self, count: int, repeats: int) -> None:
+        """A round of warm-up, then ``count`` of them; the engines' order rotates. repeats: of decode 1."""
         for index in range(count + 1):
             if index:
                 say(f"round {index} of {count}")
             before = list(os.getloadavg())
             read = self._bandwidth.call("measure", threads=self._threads, repeats=5)
             for metric in METRICS:
-                for _ in range(DECODE_REPEATS if metric == "decode1" else 1):
-                    self._turn(metric, index, keep=index > 0)
+                for _ in range(repeats if metric == "decode1" else 1):
+                    self._turn(metric, keep=index > 0)
             if index:
                 self.log.append({"read": read, "load_before": before, "load_after": list(os.getloadavg())})
         for contender in self._field:
             self._decode_eight(contender)
             contender.memory["after_decode8"] = contender.worker.proportional_bytes()
 
-    def _turn(self, metric: str, index: int, *, keep: bool) -> None:
+    def _turn(self, metric: str, *, keep: bool) -> None:
         """One metric of every engine, with the same prompts."""
         shape = self._shape
         prompts, new_tokens = {
@@ -216,7 +219,7 @@ class Rounds:
             "prefill": (self._prompts(1, shape.prefill), 1),
             "first": (self._prompts(1, FIRST_PROMPT), 4),
         }[metric]
-        start = index % len(self._field)
+        start = next(self._turns) % len(self._field)
         workers = [contender.worker for contender in self._field] + [self._bandwidth]
         for contender in self._field[start:] + self._field[:start]:
             disturbance = Disturbance(contender.worker, workers)

@@ -21,15 +21,21 @@ def medians(results: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def ratios(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Ours to each other engine, "ours / other": how many times as fast; of memory, how much of it."""
-    middle = medians(results)
-    found = {}
-    for ours in (label for label in middle if label.startswith("nybble")):
-        for other in (label for label in middle if not label.startswith("nybble")):
-            a, b = middle[ours], middle[other]
-            found[f"{ours} / {other}"] = {
-                name: (b[name] / a[name] if name == "first" else a[name] / b[name]) for name in a
-            }
+    """Ours to each other engine, "ours / other": how many times as fast; of memory, how much of it.
+
+    Of speeds the median over the turns, in each of which both ran within seconds: the machine's memory, which
+    other machines share, drifts by a third over minutes.
+    """
+    engines, found = results["engines"], {}
+    for ours in (label for label in engines if label.startswith("nybble")):
+        for other in (label for label in engines if not label.startswith("nybble")):
+            a, b = engines[ours], engines[other]
+            ratio = {name: a["memory"][name] / b["memory"][name] for name in a["memory"]}
+            for metric in METRICS:
+                pairs = zip(a["samples"][metric], b["samples"][metric], strict=True)
+                turns = [x["value"] / y["value"] for x, y in pairs]
+                ratio[metric] = statistics.median(1 / t if metric == "first" else t for t in turns)
+            found[f"{ours} / {other}"] = ratio
     return found
 
 
@@ -50,7 +56,7 @@ def report(results: dict[str, Any]) -> None:
         for label, ratio in results["ratios"].items():
             speeds = [f"{ratio[metric]:.2f}x" for metric in METRICS]
             rows.append([label, *speeds, *(_times(ratio.get(key)) for key in ("after_decode8", "kv_full"))])
-        show("ratios of medians: speed (above 1: ours faster), memory (below 1: ours smaller)", header, rows)
+        show("medians of ratios: speed (above 1: ours faster), memory (below 1: ours smaller)", header, rows)
     _notes(results)
 
 
@@ -78,13 +84,24 @@ def _engines(results: dict[str, Any]) -> None:
     rows = []
     for label, engine in results["engines"].items():
         facts = engine["facts"]
-        read = facts["bytes_per_token"] * results["medians"][label]["decode1"]
-        share = read / results["read_bytes_per_second"]
+        share = _share_of_bandwidth(results, label)
         size = f"{facts['bytes_per_token'] / 1e6:.0f} MB"
         engine["share_of_bandwidth"] = share
         rows.append([label, facts["weights"], facts["head"], size, f"{100 * share:.0f} %"])
     header = ("", "weights", "output head", "read per token", "decode 1 of bandwidth")
     show(f"engines; the machine reads {results['read_bytes_per_second'] / 1e9:.1f} GB/s", header, rows)
+
+
+def _share_of_bandwidth(results: dict[str, Any], label: str) -> float:
+    """Bytes read by decode 1 over what the machine's threads read in the same round: median of all turns."""
+    engine, rounds = results["engines"][label], results["rounds"]
+    samples = engine["samples"]["decode1"]
+    repeats = len(samples) // len(rounds)
+    size = engine["facts"]["bytes_per_token"]
+    return statistics.median(
+        size * sample["value"] / rounds[turn // repeats]["read"]["bytes_per_second"]
+        for turn, sample in enumerate(samples)
+    )
 
 
 def _notes(results: dict[str, Any]) -> None:

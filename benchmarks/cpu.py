@@ -67,7 +67,8 @@ def main() -> None:
         shape = shapes()[name]
         results = measure_shape(shape, options)
         report(results)
-        path = write_results(f"cpu-{name}{'-quick' if options.quick else ''}", results)
+        forced = "" if options.isa == ["auto"] else "-" + "-".join(options.isa)
+        path = write_results(f"cpu-{name}{forced}{'-quick' if options.quick else ''}", results)
         print(f"written: {path}")
         plot(results, path.with_suffix(".png"))
 
@@ -120,7 +121,7 @@ def measure_shape(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
         rounds.run(options.rounds, options.decode_repeats)
         if not options.quick:
             rounds.fill()
-    served = None if options.quick else served_memory(made / "nybble", shape, threads)
+    served = None if options.quick else served_memory(made / "nybble", shape, threads, options.isa[0])
     return {
         "model": shape.name,
         "title": shape.title,
@@ -250,10 +251,10 @@ def value(metric: str, reply: dict[str, Any], prompt_tokens: int) -> float:
     return float(reply["decode_tokens"] / reply["decode_seconds"])
 
 
-def served_memory(model: Path, shape: Shape, threads: int) -> int:
+def served_memory(model: Path, shape: Shape, threads: int, isa: str) -> int:
     """PSS of ``nybble serve``'s processes, gateway and engine, after eight streams."""
     say("memory of nybble serve")
-    arguments = ["--max-num-seqs", str(STREAMS), "--max-model-len", str(shape.context)]
+    arguments = ["--max-num-seqs", str(STREAMS), "--max-model-len", str(shape.context), "--cpu-kernels", isa]
     with own_server(str(model), *arguments, "--num-threads", str(threads)) as server:
         name = get_json(f"{server.url}/v1/models")["data"][0]["id"]
         try:

@@ -1,17 +1,16 @@
 """Time on the GPU: calls in a CUDA graph, replayed between events; in a rehearsal, by the wall clock.
 
-Imports nothing but torch: it runs on machines where nothing of ours is installed.
+Imports nothing but torch and ours: it runs on machines where nothing is installed.
 """
 
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 from unittest import mock
 
 import torch
-
-Call = Callable[[], object]
+from nybble.kernels.triton.graph_clock import Call
+from nybble.kernels.triton.graph_clock import graph_seconds as cuda_clock
 
 
 class Clock(Protocol):
@@ -19,31 +18,6 @@ class Clock(Protocol):
 
     def __call__(self, calls: Sequence[Call], rounds: int = 20) -> float:
         """See the class."""
-
-
-def cuda_clock(calls: Sequence[Call], rounds: int = 20) -> float:
-    """Of a graph of all calls; each has its own weights, so that none finds them in L2."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:  # compiles, and lets libraries choose
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    seconds = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3 / len(calls))
-    return statistics.median(seconds)
 
 
 def wall_clock(calls: Sequence[Call], rounds: int = 20) -> float:

@@ -12,17 +12,16 @@ import torch
 
 from ..kernels.dispatch import Ops, Target
 from ..kernels.layout import PackedWeight, QuantSpec
-from ..kernels.triton.linear import warm
+from ..kernels.triton.linear import keep_compiled, warm
 from .check import check_weights_fit, estimate_weights, free_memory
 from .config import EngineConfig
 from .engine import Engine
 from .errors import ConfigError
 from .formats.registry import format_of, open_tensors
-from .hardware import cpu_features, cpu_name, default_threads, process_memory, usable_cpus
+from .hardware import cache_folder, cpu_features, cpu_name, default_threads, process_memory, usable_cpus
 from .memory import plan_kv_cache, resolve_max_model_len
 from .model.config import ModelConfig
 from .model.decoder import Decoder
-from .model.layers import Linear
 from .model.loader import LoadedModel, load_model, resolve_target
 from .model.plan import find_problems, problems_error, weight_plan
 from .model_files import ModelFiles
@@ -31,6 +30,7 @@ from .quantize.grid import round_nearest
 from .records import ModelInfo, SamplingParams
 from .runner import Runner
 from .step_model import EagerModel, StepModel, kv_cache_dtype, tape_refusal
+from .tune import packed_linears, read_tuned
 
 Progress = Callable[[str, int, int, str], None]
 _WARM_UP_ID = -1  # no sequence of the engine has it
@@ -47,7 +47,7 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[Engine, Mode
     files = ModelFiles(Path(config.model))
     max_model_len = resolve_max_model_len(config, files.max_model_len())
     eos_token_ids = files.eos_token_ids()
-    target = _plan_load(files, config)
+    target = _with_kernels(_plan_load(files, config))
     clock.lap("check")
     loaded = load_model(files, config, progress, target, _head_rounder(config))
     clock.lap("weights")
@@ -98,12 +98,17 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[Engine, Mode
     return engine, info
 
 
+def _with_kernels(target: Target) -> Target:
+    """For a GPU: the cache of compiled kernels, and this user's launch configurations, before any kernel."""
+    if not target.is_cpu:
+        keep_compiled(cache_folder())
+        read_tuned()
+    return target
+
+
 def _compile_ahead(loaded: LoadedModel, config: EngineConfig, target: Target, progress: Progress) -> int:
     """Compile every GPU kernel that a linear may launch, so that no request waits: how many."""
-    parts = [
-        part for weight in loaded.weights.values() if isinstance(weight, Linear) for part in weight.parts
-    ]
-    count = warm(parts, target, config.max_num_batched_tokens, max(1, int(usable_cpus())))
+    count = warm(packed_linears(loaded), target, config.max_num_batched_tokens, max(1, int(usable_cpus())))
     if count:
         progress("kernels", count, count, f"{count} kernels compiled or found in Triton's cache")
     return count

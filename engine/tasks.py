@@ -31,6 +31,7 @@ from .evaluate import EvaluateOptions, evaluate
 from .model_files import resolve_model
 from .quantize.job import quantize
 from .quantize.options import QuantizeOptions
+from .tune import TuneOptions, compile_model, tune
 
 EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
 PARENT_SECONDS = 0.5  # between two looks at whether the parent still lives
@@ -91,10 +92,22 @@ def _evaluate(options: Options, reporter: Reporter) -> Options:
     return evaluate(record, reporter.progress, reporter.log)
 
 
+def _tune(options: Options, reporter: Reporter) -> Options:
+    return tune(_record(TuneOptions, options), reporter.progress, reporter.log)
+
+
+def _warm(options: Options, reporter: Reporter) -> Options:
+    folder = resolve_model(options.pop("model", None), None)
+    config = _record(EngineConfig, {**options, "model": str(folder), "device": "cuda"})
+    return compile_model(config, reporter.progress, reporter.log)
+
+
 TASKS: dict[str, Callable[[Options, Reporter], Options]] = {
     "check": _check,
     "quantize": _quantize,
     "evaluate": _evaluate,
+    "tune": _tune,
+    "warm": _warm,
 }
 
 

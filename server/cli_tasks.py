@@ -1,4 +1,4 @@
-"""The commands ``check``, ``quantize`` and ``eval``: each starts a task process and shows what it reports."""
+"""The commands ``check``, ``quantize``, ``eval`` and ``tune``: each starts a task process and shows what it reports."""
 
 import inspect
 import json
@@ -15,6 +15,7 @@ from ..engine.client import child_environment
 from ..engine.config import CpuActivations, CpuKernels, Device, DType
 from ..engine.errors import ConfigError
 from .cli_quantize import Model, Quantize, Revision, Threads
+from .cli_tune import Tune, describe
 from .settings import parse_size
 
 STOP_SECONDS = 15.0  # what an interrupted task may take to remove its files
@@ -67,6 +68,7 @@ def register(app: typer.Typer) -> None:
     app.command("check")(_command(Check, _check))
     app.command("quantize")(_command(Quantize, _quantize))
     app.command("eval")(_command(Evaluate, _evaluate))
+    app.command("tune")(_command(Tune, _tune))
 
 
 def _command(record: type[Any], action: Callable[[Any], None]) -> Callable[..., None]:
@@ -168,6 +170,11 @@ def _evaluate(given: Evaluate) -> None:
     if "kl_per_token" in found:
         typer.echo(f"KL per token    {found['kl_per_token']:.5f} nats from {found['against']}")
         typer.echo(f"top-1 agreement {100 * found['top1_agreement']:.2f} %")
+
+
+def _tune(given: Tune) -> None:
+    for line in describe(run_task(*given.task())):
+        typer.echo(line)
 
 
 def _size(num_bytes: float) -> str:

@@ -16,7 +16,7 @@ LEVELS = (
     (r"engine\.(tokenizer|slow_tokenizer|token_pieces|detokenizer|chat_template|chat_sandbox|documents)", 1),
     (r"engine\.(sequence|block_manager|scheduler|memory)|engine\.formats(\..+)?", 2),
     (r"engine\.model(\..+)?|engine\.sampler", 3),
-    (r"engine\.(runner|step_model|tape_model|evaluate|check)|engine\.quantize(\..+)?", 4),
+    (r"engine\.(runner|step_model|tape_model|evaluate|check|tune)|engine\.quantize(\..+)?", 4),
     (r"engine\.(engine|build)", 5),
     (r"engine\.(worker|tasks|client)", 6),
     (r"server(\..+)?", 7),

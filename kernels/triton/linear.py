@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -72,6 +73,20 @@ def warm(linears: Iterable[object], target: Target, max_tokens: int, threads: in
         return 0
     count: int = import_module(".low_bit", __package__).warm(linears, target.dtype, max_tokens, threads)
     return count
+
+
+def keep_compiled(root: Path) -> Path | None:
+    """Keep machine code below ``root``, in a folder named by Triton's version; TRITON_CACHE_DIR comes first.
+
+    The folder in use; None without Triton. Its own key has the kernels' sources, options and target.
+    """
+    if find_spec("triton") is None:
+        return None
+    triton = import_module("triton")
+    knobs = triton.knobs.cache
+    if knobs.dir == knobs.get_triton_dir("cache"):  # not set
+        knobs.dir = str(root / f"triton-{triton.__version__}")
+    return Path(knobs.dir)
 
 
 def _unfit(target: Target, weight: WeightTraits) -> str | None:

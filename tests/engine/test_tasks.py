@@ -58,7 +58,7 @@ def test_quantize_then_evaluate_then_check(folder: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("cook", {}, "task cook: use one of check, quantize, evaluate"),
+        ("cook", {}, "task cook: use one of check, quantize, evaluate, tune, warm"),
         ("quantize", "{", "options: not JSON"),
         ("quantize", "[1]", "options: a JSON list, expected an object"),
         ("quantize", {"model": "x", "out": "y", "speed": 9}, "option speed: not known"),

@@ -1,6 +1,7 @@
 """What the kernel takes, and why it refuses."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,3 +90,17 @@ def test_zero_points_with_fractions_are_seen(zero: float, whole: bool) -> None:
     codes = torch.zeros(4, 8, dtype=torch.uint8)
     weight = PackedWeight(codes, QuantSpec(4, 8, False), torch.ones(4, 1), torch.full((4, 1), zero))
     assert WeightTraits.of(weight).whole_zeros is whole
+
+
+@pytest.mark.parametrize("stated", [False, True])
+def test_compiled_kernels_are_kept_by_tritons_version(
+    stated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    if stated:
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "mine"))
+    with triton.knobs.cache.scope():
+        found = linear.keep_compiled(tmp_path)
+        assert found == tmp_path / ("mine" if stated else f"triton-{triton.__version__}")
+        assert linear.keep_compiled(tmp_path) == found == Path(triton.knobs.cache.dir)

@@ -58,7 +58,11 @@ class Quantize:
     ] = None
     calibration: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Text; <|endoftext|> separates documents. [default: built in]"),
+        typer.Option(
+            metavar="FILE",
+            help="Text split by <|endoftext|>, .jsonl with text or messages, or hf:owner/name/path. "
+            "[default: built in]",
+        ),
     ] = None
     num_samples: Annotated[int, typer.Option(metavar="N", help="Calibration sequences.")] = 128
     seq_len: Annotated[int, typer.Option(metavar="N", help="Their longest length, in tokens.")] = 2048
@@ -89,6 +93,20 @@ class Quantize:
         int, typer.Option(metavar="N", help="Sequences that requant and gwq differentiate.")
     ] = 100
     seed: Annotated[int, typer.Option(metavar="N", help="Order of the calibration documents.")] = 0
+    report: Annotated[bool, typer.Option(help="Measure what quantizing costs, on held-out text.")] = True
+    eval_text: Annotated[
+        str | None, typer.Option(metavar="FILE", help="That text, as --calibration. [default: built in]")
+    ] = None
+    eval_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Its first N tokens. [default: all up to 100 M parameters, else 64 k]"
+        ),
+    ] = None
+    predict: Annotated[
+        bool | None,
+        typer.Option(help="Report the loss change that gradients predict. [default: up to 100 M parameters]"),
+    ] = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep finished blocks when interrupted, and go on from them.")

@@ -1,4 +1,4 @@
-"""The commands ``check``, ``quantize``, ``eval`` and ``tune``: each starts a task process and shows what it reports."""
+"""The commands ``check``, ``quantize``, ``eval`` and ``tune``: each shows what its task process reports."""
 
 import inspect
 import json
@@ -51,13 +51,20 @@ class Evaluate:
     model: Model
     text: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Text; <|endoftext|> separates documents. [default: built in]"),
+        typer.Option(
+            metavar="FILE",
+            help="Text split by <|endoftext|>, .jsonl with text or messages, or hf:owner/name/path. "
+            "[default: built in]",
+        ),
     ] = None
     against: Annotated[str | None, typer.Option(metavar="ORIGINAL", help="A model to compare with.")] = None
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the comparison here.")] = None
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="The same as a page with plots.")] = None
     revision: Revision = None
     dtype: Annotated[DType, typer.Option(help="What to compute in.")] = "float32"
     max_len: Annotated[int | None, typer.Option(metavar="N", help="Context. [default: the model's]")] = None
     max_documents: Annotated[int | None, typer.Option(metavar="N", help="Score only the first ones.")] = None
+    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Score only the first ones.")] = None
     cpu_kernels: Annotated[CpuKernels | None, typer.Option(help="As serve has it.")] = None
     cpu_activations: Annotated[CpuActivations | None, typer.Option(help="As serve has it.")] = None
     num_threads: Threads = None
@@ -130,7 +137,36 @@ def _quantize(given: Quantize) -> None:
             f"per weight with scales, zeros and order; {len(summary['dense'])} left dense"
         )
     typer.echo(f"{summary['seconds']:.1f} s, peak memory {_size(summary['peak_rss_bytes'])}")
-    typer.echo(f"what it cost: nybble eval {summary['out']} --against {given.model}")
+    if "report" in summary:
+        _print_report(summary["report"])
+        typer.echo(f"more in {summary['out']}/quality.html and quality.json")
+    else:
+        typer.echo(f"what it cost: nybble eval {summary['out']} --against {given.model}")
+
+
+def _print_report(report: Json) -> None:
+    """The main figures."""
+    text, model, original = report["text"], report["model"], report["original"]
+    extent = "" if text["whole"] else "the first "
+    typer.echo(f"{extent}{text['tokens']} tokens of {text['name']}, context {text['context']}:")
+    rise = f"{report['nll_increase']:+.4f} from {original['nll']:.4f}"
+    typer.echo(f"  NLL per token   {model['nll']:.4f} nats, {rise}")
+    typer.echo(f"  perplexity      {_perplexity(model)} from {_perplexity(original)}")
+    typer.echo(f"  KL per token    {report['kl']:.5f} nats from the original")
+    typer.echo(f"  top-1 agreement {100 * report['top1_agreement']:.2f} %")
+    prediction = report["prediction"]
+    if prediction["computed"]:
+        predicted, measured = (f"{prediction[key]:+.4f}" for key in ("predicted", "measured"))
+        typer.echo(
+            f"  predicted       {predicted} nats by gradients, {measured} measured, on "
+            f"{prediction['tokens']} tokens"
+        )
+    else:
+        typer.echo(f"  predicted       not computed: {prediction['reason']}")
+
+
+def _perplexity(side: Json) -> str:
+    return "above 1e300" if side["perplexity"] is None else f"{side['perplexity']:.4f}"
 
 
 def _print_errors(modules: list[Json]) -> None:
@@ -157,7 +193,9 @@ def _print_errors(modules: list[Json]) -> None:
 def _evaluate(given: Evaluate) -> None:
     found = run_task("evaluate", asdict(given))
     typer.echo(
-        f"{found['num_tokens']} tokens, {found['num_bytes']} bytes of {found['text']}, {found['dtype']}"
+        f"{found['num_tokens']} tokens"
+        + ("" if found["num_bytes"] is None else f", {found['num_bytes']} bytes")
+        + f" of {found['text']}, {found['dtype']}"
         + (f", {found['kernel']}" if "kernel" in found else "")
     )
     compared = ""
@@ -166,10 +204,16 @@ def _evaluate(given: Evaluate) -> None:
         compared = f" ({100 * (its / original - 1):+.3f} % from {original:.4f})" if original else ""
     typer.echo(f"NLL per token   {found['nll_per_token']:.4f} nats{compared}")
     typer.echo(f"perplexity      {found['perplexity']:.4f}")
-    typer.echo(f"bits per byte   {found['bits_per_byte']:.4f}")
+    if found["bits_per_byte"] is not None:
+        typer.echo(f"bits per byte   {found['bits_per_byte']:.4f}")
     if "kl_per_token" in found:
         typer.echo(f"KL per token    {found['kl_per_token']:.5f} nats from {found['against']}")
         typer.echo(f"top-1 agreement {100 * found['top1_agreement']:.2f} %")
+    if "report" in found:
+        model, original = found["report"]["model"], found["report"]["original"]
+        smaller = f"{original['bytes'] / model['bytes']:.2f} times smaller"
+        bits = f"{model['bits_per_weight']:.2f} bits per weight, all bytes counted"
+        typer.echo(f"size            {_size(model['bytes'])}, {smaller}; {bits}")
 
 
 def _tune(given: Tune) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 import re
 from collections.abc import AsyncIterator
 from dataclasses import fields
@@ -21,7 +22,10 @@ from .jobs import Jobs
 
 _KEEPALIVE_SECONDS = 15.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_OTHERWISE = {"model", "out", "calibration", "overwrite", "resume", "revision", "num_threads"}
+_OTHERWISE = {
+    *("model", "out", "calibration", "eval_text", "overwrite", "resume", "revision", "num_threads"),
+}
+_OWN = {"model", "output", "calibration", "evaluation", "gate"}  # the API's, not the CLI's
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
 Json = dict[str, Any]
@@ -34,8 +38,8 @@ class Texts(BaseModel):
     texts: Annotated[list[str], Field(min_length=1, max_length=1 << 16)]
 
 
-class CalibrationBody(BaseModel):
-    """source: "default" is the built-in text; else a file under --data-dir, or texts."""
+class TextBody(BaseModel):
+    """source: "default" is the built-in text; else a file under --data-dir (text, or .jsonl), or texts."""
 
     model_config = _STRICT
     source: str | Texts = "default"
@@ -80,7 +84,8 @@ def quantization_body() -> type[BaseModel]:
         __doc__="POST /v1/quantizations.",
         model=(str, ...),
         output=(str, ...),
-        calibration=(CalibrationBody, CalibrationBody()),
+        calibration=(TextBody, TextBody()),
+        evaluation=(TextBody, TextBody()),
         gate=(GateBody | None, None),
         **options,
     )
@@ -100,16 +105,22 @@ class Quantizations:
         body: Any = quantization_body().model_validate(fields)
         model = self.model_folder(body.model)
         out = self._output(body.output)
-        calibration = await asyncio.to_thread(self._calibration, body.calibration.source)
-        given = body.model_dump(exclude={"model", "output", "calibration", "gate"})
+        if body.gate is not None and not body.report:
+            raise RequestError("'gate': needs the quality report; leave 'report' out", param="gate")
+        texts = {
+            option: await asyncio.to_thread(self._text, getattr(body, name).source, f"{name}.source")
+            for name, option in (("calibration", "calibration"), ("evaluation", "eval_text"))
+        }
+        given = body.model_dump(exclude=_OWN)
         layers = ModelFiles(model).config.get("num_hidden_layers")
         request = {
             "model": body.model,
             "output": body.output,
-            **body.model_dump(include=body.model_fields_set - {"model", "output", "calibration", "gate"}),
+            **body.model_dump(include=body.model_fields_set - _OWN),
             "calibration": {"source": _shown_source(body.calibration.source)},
+            "evaluation": {"source": _shown_source(body.evaluation.source)},
             "gate": None if body.gate is None else body.gate.model_dump(),
-            "options": {**given, "model": str(model), "out": str(out), "calibration": calibration},
+            "options": {**given, "model": str(model), "out": str(out), **texts},
         }
         job = await self.jobs.submit(request)
         job.progress["num_layers"] = layers
@@ -149,18 +160,18 @@ class Quantizations:
             raise ConflictError(f"'output' {name}: exists already; choose another name", param="output")
         return out
 
-    def _calibration(self, source: "str | Texts") -> str | None:
+    def _text(self, source: "str | Texts", param: str) -> str | None:
         """The file to read, None for the built-in text."""
         if isinstance(source, Texts):
-            content = "\n<|endoftext|>\n".join(source.texts).encode()
+            # JSON lines keep a text whole that contains the separator of documents.
+            content = "".join(json.dumps({"text": text}) + "\n" for text in source.texts).encode()
             folder = self._models_dir / ".nybble"
             folder.mkdir(exist_ok=True)
-            path = folder / f"calibration-{hashlib.sha256(content).hexdigest()[:32]}.txt"
+            path = folder / f"texts-{hashlib.sha256(content).hexdigest()[:32]}.jsonl"
             path.write_bytes(content)
             return str(path)
         if source == "default":
             return None
-        param = "calibration.source"
         if self._data_dir is None:
             raise RequestError(f"'{param}' {source:.200}: the server has no --data-dir", param=param)
         path = _inside(self._data_dir, source, param, "--data-dir")

@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import __version__
 from ...kernels.dispatch import Ops
 from ...kernels.layout import PackedWeight, QuantSpec
-from ..documents import read_text
+from ..documents import Encoder, read_documents
 from ..errors import ConfigError
 from ..formats.base import Format
 from ..formats.overlay import FILE, is_extra
@@ -23,6 +23,7 @@ from ..formats.safetensors_files import SafetensorsFiles
 from ..hardware import available_memory
 from ..model.plan import LM_HEAD
 from ..model_files import resolve_model
+from ..quality_page import page
 from ..tokenizer import Tokenizer
 from .calibrate import Calibration, load_calibration
 from .head import describe_head, head_spec, quantize_head, with_head
@@ -30,6 +31,7 @@ from .methods import get_method
 from .options import QuantizeOptions
 from .pipeline import Method
 from .provenance import KEY, describe, provenance
+from .report import Report, main_figures, measure, read_held_out, with_modules
 from .results import QuantizedModule, Stage
 from .scratch import Scratch
 from .source import TARGET, Source
@@ -40,7 +42,7 @@ from .writer import CheckpointWriter
 _WEIGHT_FILES = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack)(\.index\.json)?", re.IGNORECASE
 )
-_REWRITTEN = ("config.json", "quantize_config.json")
+_REWRITTEN = ("config.json", "quantize_config.json", "quality.json", "quality.html")
 LEAST_TOKENS = 64  # of calibration text
 
 
@@ -75,8 +77,10 @@ class Tally:
         )
 
 
-def quantize(options: QuantizeOptions, progress: Progress, log: Log) -> dict[str, Any]:
-    """Run it. Returns the summary, of JSON types only.
+def quantize(
+    options: QuantizeOptions, progress: Progress, log: Log, kept: Path | None = None
+) -> dict[str, Any]:
+    """Run it. Returns the summary, of JSON types only. kept: see Work.
 
     Errors: ConfigError and its children; then nothing new is at ``options.out``.
     """
@@ -92,9 +96,11 @@ def quantize(options: QuantizeOptions, progress: Progress, log: Log) -> dict[str
         names = [name for module in (*specs, LM_HEAD) for name in _longest_names(module)]
         with CheckpointWriter(out, [*names, *source.files], options.overwrite) as writer:
             calibration = _calibration(options, method, source, log)
+            held = read_held_out(options, source) if options.report else None
             _refuse_memory(method.peak_bytes(source.config, _tokens(calibration)))
             with Scratch(out, options, folder) as scratch:
-                work = Work(source, specs, calibration, scratch.folder, progress, log, Ops.resolve(TARGET))
+                ops = Ops.resolve(TARGET)
+                work = Work(source, specs, calibration, scratch.folder, progress, log, ops, kept)
                 stage = method.run(work)
                 meta = _provenance(options, method, calibration)
                 storage = with_head(storage_for(options, stage, dense, meta), head)
@@ -104,10 +110,16 @@ def quantize(options: QuantizeOptions, progress: Progress, log: Log) -> dict[str
                 _add_rest(source.files, writer, tally.done)
                 origin = provenance(options, method.settings(), calibration, source)
                 _copy_files(source, writer, storage, origin)
+                made = writer.finish()
+                summary = {"out": str(out), "seconds": time.monotonic() - started}
+                summary |= _summary(source, writer, tally, meta)
+                if held is not None:
+                    report = _report(measure(options, work, stage, held, made), summary, started)
+                    _add_report(report, source, writer, storage, origin)
+                    summary["report"] = {key: value for key, value in report.items() if key != "modules"}
                 writer.commit()
-        return {"out": str(out), "seconds": time.monotonic() - started} | _summary(
-            source, writer, tally, meta
-        )
+        summary["peak_rss_bytes"] = _peak_rss_bytes()
+        return summary
 
 
 def choose_modules(source: Source, options: QuantizeOptions) -> tuple[dict[str, QuantSpec], dict[str, str]]:
@@ -145,15 +157,14 @@ def _longest_names(module: str) -> list[str]:
 
 
 def _calibration(options: QuantizeOptions, method: Method, source: Source, log: Log) -> Calibration | None:
-    path = None if options.calibration is None else Path(options.calibration).expanduser()
     if not method.statistics:
-        if path is not None:
-            read_text(path, "--calibration")
+        if options.calibration is not None:
+            read_documents(options.calibration, "--calibration")
             log(f"{options.method} gathers no statistics: the calibration text has no effect")
         return None
-    tokenizer = Tokenizer.from_folder(source.model.folder)
+    encoder = Encoder(source.model.folder, Tokenizer.from_folder(source.model.folder))
     seq_len = min(options.seq_len, source.model.max_model_len())
-    found = load_calibration(path, tokenizer, options.num_samples, seq_len, options.seed)
+    found = load_calibration(options.calibration, encoder, options.num_samples, seq_len, options.seed)
     highest = max(map(max, found.sequences))
     if highest >= source.config.vocab_size:
         raise ConfigError(
@@ -230,13 +241,33 @@ def _stored(storage: Format, name: str, weight: PackedWeight, dtype: torch.dtype
 
 
 def _copy_files(source: Source, writer: CheckpointWriter, storage: Format, origin: dict[str, Any]) -> None:
-    folder, entries = source.model.folder, storage.config_entries()
-    for path in sorted(folder.iterdir()):
+    for path in sorted(source.model.folder.iterdir()):
         if path.is_file() and path.name not in _REWRITTEN and not _WEIGHT_FILES.fullmatch(path.name):
             writer.add_file(path)
+    entries = storage.config_entries()
     writer.add_json("config.json", source.model.config | entries | {KEY: origin})
     if "quantization_config" in entries:
         writer.add_json("quantize_config.json", entries["quantization_config"])
+
+
+def _report(measured: Report, summary: dict[str, Any], started: float) -> Report:
+    """With the modules' own figures, and what the run took. seconds: up to the measurement."""
+    run = {
+        "method": summary["meta"]["method"],
+        "seconds": summary["seconds"],
+        "report_seconds": time.monotonic() - started - summary["seconds"],
+        "peak_rss_bytes": _peak_rss_bytes(),
+    }
+    return with_modules(measured, summary["modules"]) | {"run": run}
+
+
+def _add_report(
+    report: Report, source: Source, writer: CheckpointWriter, storage: Format, origin: dict[str, Any]
+) -> None:
+    origin = origin | {"quality": main_figures(report)}
+    writer.add_json("config.json", source.model.config | storage.config_entries() | {KEY: origin})
+    writer.add_json("quality.json", report)
+    writer.add_text("quality.html", page(report))
 
 
 def _provenance(options: QuantizeOptions, method: Method, calibration: Calibration | None) -> dict[str, Any]:
@@ -259,5 +290,9 @@ def _summary(source: Source, writer: CheckpointWriter, tally: Tally, meta: dict[
         "bytes_after": writer.nbytes,
         "bits_per_weight": writer.nbytes * 8 / num_params,
         "bits_per_quantized_weight": tally.num_bytes * 8 / tally.num_weights if tally.num_weights else None,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def _peak_rss_bytes() -> int:
+    """Of this process, from its start."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -48,7 +48,10 @@ class QuantizeOptions:
     gradient_samples: calibration sequences that are differentiated for them; pqi_intervals: of the path from
     the original to the quantized weights. dynamic: pattern of module names -> bits, group_size, symmetric
     that differ; the first that matches at a name's start decides, and one that begins with "-:" leaves the
-    module dense. resume: keep finished blocks when interrupted, and go on from those of the same options.
+    module dense. report: measure the quality on eval_text (None: the text in this package), its first
+    eval_tokens (None: all of it up to 100 M parameters, else 64 k). predict: the loss change by gradients too
+    (None: up to 100 M parameters). resume: keep finished blocks when interrupted, and go on from those of
+    the same options.
     """
 
     model: str
@@ -84,6 +87,10 @@ class QuantizeOptions:
     gradient_samples: int = 100
     budget_bits: float | None = None
     seed: int = 0
+    report: bool = True
+    eval_text: str | None = None
+    eval_tokens: int | None = None
+    predict: bool | None = None
     overwrite: bool = False
     resume: bool = False
     num_threads: int | None = None
@@ -130,6 +137,7 @@ class QuantizeOptions:
             ("--detach-steps", self.detach_steps, 1),
             ("--pqi-intervals", self.pqi_intervals, 1),
             ("--gradient-samples", self.gradient_samples, 1),
+            ("--eval-tokens", self.eval_tokens, 1),
             ("--num-threads", self.num_threads, 1),
         ):
             if value is not None and value < least:
@@ -158,6 +166,13 @@ class QuantizeOptions:
             raise ConfigError(f"--mse {self.mse}: use 0 (off) or an exponent from 1 to 10 (2.4 is usual)")
 
     def _check_users(self) -> None:
+        for option, value in (
+            ("--eval-text", self.eval_text),
+            ("--eval-tokens", self.eval_tokens),
+            ("--predict", self.predict),
+        ):
+            if value not in (None, False) and not self.report:
+                raise ConfigError(f"{option}: has no effect with --no-report; leave one of them out")
         composed = self.method in USERS["base"]
         methods = (self.method, self.base if composed else None, self.transform)
         for field in fields(self):

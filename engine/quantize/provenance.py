@@ -6,30 +6,28 @@ of config.json keep keys that they do not know.
 """
 
 import hashlib
-import json
-import os
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from ... import __version__
-from ..errors import ConfigError
-from ..model_files import ModelFiles
 from .calibrate import Calibration
 from .options import QuantizeOptions
 from .source import Source
 
 KEY = "provenance"
 _LIBRARIES = ("torch", "numpy", "safetensors", "tokenizers")
-_NOT_THE_RESULT = ("model", "out", "overwrite", "resume", "num_threads", "calibration")
+_NOT_THE_RESULT = (
+    *("model", "out", "overwrite", "resume", "num_threads", "calibration"),
+    *("report", "eval_text", "eval_tokens", "predict"),
+)
 
 
 def provenance(
     options: QuantizeOptions, settings: dict[str, Any], calibration: Calibration | None, source: Source
 ) -> dict[str, Any]:
-    """The block. settings: the method's own."""
+    """The block, its quality yet to be measured. settings: the method's own."""
     chosen = {key: value for key, value in asdict(options).items() if key not in _NOT_THE_RESULT}
     return {
         "tool": f"nybble {__version__}",
@@ -51,29 +49,6 @@ def describe(calibration: Calibration) -> dict[str, Any]:
         "sequences": len(calibration.sequences),
         "tokens": calibration.num_tokens,
     }
-
-
-def record_quality(folder: Path, quality: dict[str, Any]) -> None:
-    """Put a quality report into the block of a finished checkpoint: config.json as a whole, or not at all.
-
-    ConfigError where there is no block, or it cannot be written.
-    """
-    config = ModelFiles(folder).config
-    block = config.get(KEY)
-    if not isinstance(block, dict):
-        raise ConfigError(f"{folder}: config.json has no {KEY} block; only nybble quantize writes one")
-    partial = folder / f".config.{os.getpid()}.partial"
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(config | {KEY: block | {"quality": quality}}, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(folder / "config.json")
-    except OSError as error:
-        raise ConfigError(f"{folder}: config.json cannot be written ({error.strerror or error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _fingerprint(source: Source) -> str:

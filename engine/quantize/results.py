@@ -117,6 +117,10 @@ class Stage:
         """How each finished module is quantized; None: stays dense. Reads headers only."""
         return {entry["name"]: _spec(entry) for entry in self._described()}
 
+    def changed(self) -> list[str]:
+        """Modules that have a new weight, rounded or only pruned."""
+        return [entry["name"] for entry in self._described() if entry["has_weight"]]
+
     def residuals(self) -> dict[str, int]:
         """How many single weights each module has residuals for, where it has an overlay."""
         return {e["name"]: e["residuals"] for e in self._described() if e["residuals"] is not None}

@@ -13,7 +13,10 @@ from typing import Self
 from ..errors import ConfigError
 from .options import QuantizeOptions
 
-_NO_MATTER = ("out", "overwrite", "resume", "num_threads")  # to what the blocks hold
+_NO_MATTER = (  # to what the blocks hold
+    *("out", "overwrite", "resume", "num_threads"),
+    *("report", "eval_text", "eval_tokens", "predict"),
+)
 
 
 class Scratch:

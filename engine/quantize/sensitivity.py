@@ -83,8 +83,7 @@ def integrate(
     Holds an fp32 accumulator per weight in ``store``, and what ``gradients.peak_bytes`` says.
     """
     model = GradientModel(work, num_sequences)
-    names = [name for name, spec in stage.specs().items() if spec is not None]
-    found = accumulators(work, names, store)
+    found = accumulators(work, stage.changed(), store)
     losses = []
     for done, (place, share) in enumerate(rule):
         work.progress("sensitivity", done, len(rule))

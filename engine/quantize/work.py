@@ -28,7 +28,8 @@ class Work:
     """specs: how each module is to be quantized; a method may decide otherwise (``with_specs``).
 
     calibration: None where the method gathers nothing. folder: scratch that outlives a killed process when
-    the run is resumable: one ``Stage`` per pass, and whatever else a method caches under its own name.
+    the run is resumable: one ``Stage`` per pass, and whatever else a method caches under its own name. kept:
+    where what depends on the original and the calibration alone is kept, None: in folder.
     """
 
     source: Source
@@ -38,6 +39,7 @@ class Work:
     progress: Progress
     log: Log
     ops: Ops
+    kept: Path | None = None
 
     @staticmethod
     def on(source: Source, specs: Specs, calibration: Calibration | None, folder: Path) -> "Work":

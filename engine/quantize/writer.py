@@ -100,6 +100,7 @@ class CheckpointWriter:
         self._shards: list[_Shard] = []
         self._shard_of: dict[str, int] = {}
         self._beside: dict[str, _Shard] = {}
+        self._finished = False
 
     def __enter__(self) -> Self:
         with self._writing():
@@ -123,7 +124,7 @@ class CheckpointWriter:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of tensors so far."""
+        """Bytes of tensors; of all of them once finished."""
         return sum(shard.nbytes for shard in (*self._shards, *self._beside.values()))
 
     def add(self, name: str, tensor: Tensor, beside: str | None = None) -> None:
@@ -149,13 +150,18 @@ class CheckpointWriter:
         with self._writing():
             shutil.copyfile(source, self._folder / source.name)
 
-    def add_json(self, name: str, content: object) -> None:
-        """Write a JSON file beside the weights."""
+    def add_text(self, name: str, content: str) -> None:
+        """Write a text file beside the weights, or write it anew."""
         with self._writing():
-            (self._folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            (self._folder / name).write_text(content, encoding="utf-8")
 
-    def commit(self) -> None:
-        """Finish the shards and move the folder to its place, the old one (with ``overwrite``) away."""
+    def add_json(self, name: str, content: object) -> None:
+        """Write a JSON file beside the weights, or write it anew."""
+        self.add_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def finish(self) -> Path:
+        """Close the shards and write their index: what is in the folder that this returns can be loaded."""
+        assert not self._finished
         with self._writing():
             if self._shards:
                 self._shards[-1].close()
@@ -165,6 +171,14 @@ class CheckpointWriter:
             weight_map = {name: names[shard] for name, shard in sorted(self._shard_of.items())}
             index = {"metadata": {"total_size": sum(shard.nbytes for shard in self._shards)}}
             self.add_json(INDEX_NAME, index | {"weight_map": weight_map})
+        self._finished = True
+        return self._folder
+
+    def commit(self) -> None:
+        """Finish, and move the folder to its place, the old one (with ``overwrite``) away."""
+        if not self._finished:
+            self.finish()
+        with self._writing():
             _refuse_existing(self.out, self._overwrite)
             old = self._folder.with_suffix(".old")
             if self.out.exists():

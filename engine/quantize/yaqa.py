@@ -203,7 +203,7 @@ class YAQA:
 
     def begin(self, work: Work) -> None:
         """Sketch the whole model."""
-        self._sketches = Sketches(work.folder / "yaqa")
+        self._sketches = Sketches((work.kept or work.folder) / "yaqa")
         self._sketches.gather(work, self.seed)
 
     def prepare(self, hessian: Tensor | None, spec: QuantSpec) -> Tensor:

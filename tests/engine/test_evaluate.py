@@ -1,5 +1,6 @@
 """Scores against transformers and float64 numpy."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from nybble.engine.errors import ConfigError
-from nybble.engine.evaluate import SHIPPED_TEXT, EvaluateOptions, cut_windows, evaluate
+from nybble.engine.evaluate import SHIPPED_TEXT, EvaluateOptions, evaluate
 from nybble.engine.hardware import cpu_features
 from nybble.engine.quantize.job import quantize
 from nybble.engine.quantize.options import QuantizeOptions
@@ -96,19 +97,6 @@ def test_distance_to_another_model(tmp_path: Path, text: Path) -> None:
     assert same["top1_agreement"] == 1
 
 
-@pytest.mark.parametrize(("length", "max_len"), [(5, 8), (8, 8), (9, 8), (12, 8), (13, 8), (100, 8), (64, 7)])
-def test_each_token_is_scored_once(length: int, max_len: int) -> None:
-    ids = list(range(length))
-    windows = cut_windows(ids, max_len)
-    scored = [token for window in windows for token in window.token_ids[window.first :]]
-    assert scored == ids[1:]
-    for window in windows:
-        start = window.token_ids[0]
-        assert list(window.token_ids) == ids[start : start + len(window.token_ids)]
-        assert len(window.token_ids) <= max_len
-        assert window is windows[0] or window.first >= max_len // 2
-
-
 def test_long_documents_are_read_in_overlapping_windows(tmp_path: Path, text: Path) -> None:
     model = save(tmp_path / "model")
     text.write_text("the cat and the dog went to the sea in the rain")
@@ -128,8 +116,8 @@ def test_batches_and_slices_of_logits_change_nothing(
 ) -> None:
     save(tmp_path / "model")
     whole = run(tmp_path / "model", text)
-    monkeypatch.setattr("nybble.engine.evaluate.BATCH_TOKENS", 12)
-    monkeypatch.setattr("nybble.engine.evaluate.LOGIT_ROWS", 3)
+    monkeypatch.setattr("nybble.engine.scoring.BATCH_TOKENS", 12)
+    monkeypatch.setattr("nybble.engine.scorers.LOGIT_ROWS", 3)
     assert run(tmp_path / "model", text)["nll_per_token"] == pytest.approx(whole["nll_per_token"], rel=1e-6)
 
 
@@ -153,6 +141,9 @@ def test_progress_and_the_shipped_text(tmp_path: Path) -> None:
         ({"max_len": 3}, "--max-len 3: must be at least 4"),
         ({"max_len": 4096}, "--max-len 4096: the model's context is 128"),
         ({"max_documents": 0}, "--max-documents 0"),
+        ({"max_tokens": 0}, "--max-tokens 0"),
+        ({"json": "x.json"}, "--json x.json: reports a comparison; add --against"),
+        ({"html": "no/such/x", "against": "x"}, "--html no/such/x: its folder does not exist"),
         ({"text": "no/such/file"}, "--text no/such/file: cannot be read"),
         ({"against": "small"}, "--against .*small: has 299 tokens, MODEL has 300"),
         ({"against": "no/such/model"}, "model 'no/such/model'"),
@@ -183,7 +174,9 @@ def low_bit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A quantized model."""
     folder = tmp_path_factory.mktemp("low_bit")
     save(folder / "original", num_hidden_layers=2)
-    options = QuantizeOptions(str(folder / "original"), str(folder / "out"), "rtn", bits=4, group_size=32)
+    options = QuantizeOptions(
+        str(folder / "original"), str(folder / "out"), "rtn", group_size=32, report=False
+    )
     quantize(options, lambda *_: None, lambda _: None)
     return folder / "out"
 
@@ -215,7 +208,7 @@ def test_batches_of_windows_reuse_the_pages(
     low_bit: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(low_bit, text, cpu_activations="int8")
-    monkeypatch.setattr("nybble.engine.evaluate.BATCH_TOKENS", 12)
+    monkeypatch.setattr("nybble.engine.scoring.BATCH_TOKENS", 12)
     assert run(low_bit, text, cpu_activations="int8") == whole
 
 
@@ -235,3 +228,50 @@ def test_a_score_is_of_the_kernels_that_were_asked_for(low_bit: Path, text: Path
     eager = run(low_bit, text, cpu_kernels="torch")
     assert eager["kernel"] == "torch"
     assert eager["nll_per_token"] == pytest.approx(run(low_bit, text)["nll_per_token"], rel=1e-5)
+
+
+def test_a_comparison_is_reported(tmp_path: Path, text: Path) -> None:
+    """The same figures in the result, in JSON and, as shown, on the page; nothing is left beside them."""
+    save(tmp_path / "original")
+    changed = save(tmp_path / "changed")
+    changed.model.layers[1].mlp.down_proj.weight.mul_(0.8)
+    changed.save_pretrained(tmp_path / "changed")
+    (tmp_path / "reports").mkdir()
+    files = {"json": str(tmp_path / "reports/r.json"), "html": str(tmp_path / "reports/r.html")}
+    found = run(tmp_path / "changed", text, against=str(tmp_path / "original"), **files)
+    report = json.loads((tmp_path / "reports/r.json").read_text())
+    assert report == found["report"]
+    assert report["nll_increase"] == found["nll_per_token"] - found["against_nll_per_token"]
+    assert (report["kl"], report["top1_agreement"]) == (found["kl_per_token"], found["top1_agreement"])
+    errors = [layer["output_error"] for layer in report["layers"]]
+    assert errors[0] == 0 < errors[1] < errors[2] * 10
+    touched = {m["name"]: m["weight_error"] for m in report["modules"] if m["weight_error"]}
+    assert touched == {"model.layers.1.mlp.down_proj": pytest.approx(0.04, rel=1e-3)}
+    assert report["model"]["bytes"] == report["original"]["bytes"]
+    assert report["model"]["bits_per_weight"] == 32
+    assert f"{report['kl']:.5f}" in (tmp_path / "reports/r.html").read_text()
+    assert sorted(path.name for path in (tmp_path / "reports").iterdir()) == ["r.html", "r.json"]
+
+
+def test_block_by_block_is_the_whole_model(
+    low_bit: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ways to compare: the second loads both models, as on a GPU."""
+    against = {"against": str(low_bit.parent / "original")}
+    streamed = run(low_bit, text, **against)
+    monkeypatch.setattr("nybble.engine.evaluate._Task._side_by_side", lambda *_: False)
+    whole = run(low_bit, text, **against)
+    for key in ("nll_per_token", "against_nll_per_token", "kl_per_token"):
+        assert streamed[key] == pytest.approx(whole[key], rel=1e-4)
+    assert streamed["top1_agreement"] == whole["top1_agreement"]
+    assert (len(streamed["report"]["layers"]), whole["report"]["layers"]) == (2, [])
+
+
+def test_models_of_other_depth_have_no_errors_by_layer(tmp_path: Path, text: Path) -> None:
+    save(tmp_path / "deep")
+    save(tmp_path / "flat", num_hidden_layers=1)
+    found = run(tmp_path / "flat", text, against=str(tmp_path / "deep"))
+    assert found["report"]["layers"] == []
+    assert found["kl_per_token"] > 0
+    few = run(tmp_path / "flat", text, max_tokens=3)
+    assert (few["num_tokens"], few["num_bytes"], few["bits_per_byte"]) == (3, None, None)

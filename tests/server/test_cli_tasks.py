@@ -43,6 +43,10 @@ def test_the_three_commands(
     assert "3 left dense" in shown
     assert "largest of 18 errors" in shown
     assert shown.count("_proj  ") + shown.count("_proj ") >= 12
+    assert "tokens of evaluation.txt, context 128:" in shown
+    for figure in ("NLL per token", "perplexity", "KL per token", "top-1 agreement", "by gradients"):
+        assert figure in shown
+    assert f"more in {out}/quality.html" in shown
     assert call(monkeypatch, "eval", out, "--against", str(folder), "--max-documents", "2") == 0
     shown = capsys.readouterr().out
     assert "NLL per token" in shown

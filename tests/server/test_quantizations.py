@@ -15,7 +15,14 @@ from tiny_tokenizer import write_tokenizer
 
 ADMIN = {"authorization": "Bearer adm"}
 TEXTS = ["the cat and the dog went to the sea in the rain and then sang " * 4] * 8
-SMALL = {"group_size": 32, "num_samples": 4, "seq_len": 64, "calibration": {"source": {"texts": TEXTS}}}
+SMALL = {
+    "group_size": 32,
+    "num_samples": 4,
+    "seq_len": 64,
+    "predict": False,
+    "calibration": {"source": {"texts": TEXTS}},
+    "evaluation": {"source": {"texts": TEXTS[:2]}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +96,39 @@ def test_calibration_from_a_file_and_what_it_was_is_kept(server: GatewayServer, 
     assert [path for path in models_dir.iterdir() if path.name.startswith(".gptq3")] == []
 
 
+def test_texts_of_a_request_stay_whole(server: GatewayServer, models_dir: Path) -> None:
+    """Also where they hold what separates documents in a text file; the report says what was scored."""
+    texts = [f"{text} <|endoftext|> {text}" for text in TEXTS[:3]]
+    job = submit(server, "whole", method="rtn", evaluation={"source": {"texts": texts}})
+    last = follow(server, job["id"])[-1][1]
+    assert (last["status"], last["evaluation"]) == ("succeeded", {"source": {"texts": 3}})
+    text = last["result"]["report"]["text"]
+    assert text["bytes"] == sum(len(text.encode()) for text in texts)
+    assert text["name"].startswith("texts-")
+
+
+def test_the_gate(server: GatewayServer, models_dir: Path) -> None:
+    """What does not pass is kept, and not served; what passes is."""
+    load = {"model": "coarse", "alias": "another"}
+    # Two bits cost this random model 0.18 nats on this text; on others they gain.
+    text = {"source": {"texts": ["went sang dog rain" * 5]}}
+    job = submit(server, "coarse", method="rtn", bits=2, gate={"max_nll_increase": 0}, evaluation=text)
+    last = follow(server, job["id"])[-1][1]
+    assert (last["status"], last["gate"]) == ("succeeded", {"max_nll_increase": 0})
+    rise = last["result"]["report"]["nll_increase"]
+    report = json.loads((models_dir / "coarse" / "quality.json").read_text())
+    assert rise == report["nll_increase"] == report["model"]["nll"] - report["original"]["nll"] > 0
+    assert last["result"]["gate"] == {"max_nll_increase": 0, "nll_increase": rise, "passed": False}
+    answer = server.post("/v1/models/load", load)
+    assert answer.status_code == 409
+    assert f"job {job['id']} did not pass its gate: NLL rose by {rise:.4f}" in answer.text
+    job = submit(server, "fine", method="rtn", bits=8, gate={"max_nll_increase": rise / 2}, evaluation=text)
+    assert follow(server, job["id"])[-1][1]["result"]["gate"]["passed"] is True
+    answer = server.post("/v1/models/load", load | {"model": "fine"}, timeout=120)
+    assert answer.status_code == 200, answer.text
+    assert server.post("/v1/models/unload", {"model": "another"}).status_code == 200
+
+
 BAD = [
     ({"bits": "4"}, 400, "'bits'"),
     ({"no_such_option": 1}, 400, "unknown parameter 'no_such_option'"),
@@ -103,6 +143,9 @@ BAD = [
     ({"calibration": {"source": "other.txt"}}, 404, "no file under --data-dir"),
     ({"calibration": {"source": {"texts": []}}}, 400, "calibration.source"),
     ({"gate": {"max_nll_increase": -1}}, 400, "gate.max_nll_increase"),
+    ({"gate": {"max_nll_increase": 1}, "report": False}, 400, "'gate': needs the quality report"),
+    ({"eval_text": "/etc/passwd"}, 400, "unknown parameter 'eval_text'"),
+    ({"evaluation": {"source": "../secret.txt"}}, 400, "'evaluation.source' ../secret.txt: must lie under"),
 ]
 
 

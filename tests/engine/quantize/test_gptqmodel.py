@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from nybble.engine.documents import Encoder
 from nybble.engine.evaluate import EvaluateOptions, evaluate
 from nybble.engine.formats.registry import get_format
 from nybble.engine.formats.safetensors_files import SafetensorsFiles
@@ -42,7 +43,9 @@ def test_loads_in_gptqmodel(
     fields = {"hidden_size": 128, "intermediate_size": options.pop("intermediate_size", 352)}
     folder, _ = make_model(model_type, **fields)
     out = tmp_path / "out"
-    given = QuantizeOptions(str(folder), str(out), **{"group_size": 32, "num_samples": 8, **options})
+    given = QuantizeOptions(
+        str(folder), str(out), **{"group_size": 32, "num_samples": 8, "report": False, **options}
+    )
     summary = quantize(given, lambda *_: None, lambda _: None)
     theirs = library.GPTQModel.load(
         str(out), device="cpu", backend=library.BACKEND.TORCH, dtype=torch.float16
@@ -142,16 +145,16 @@ def test_a_whole_model_costs_what_gptqmodels_costs(
     )
     monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")  # it asks for two where it starts one per two cores
     folder = root / "engine/demo/bf16"
-    sequences = load_calibration(None, Tokenizer.from_folder(folder), 32, 512, 0).sequences
+    encoder = Encoder(folder, Tokenizer.from_folder(folder))
+    sequences = load_calibration(None, encoder, 32, 512, 0).sequences
     settings = {"bits": bits, "group_size": 64, "sym": True, "desc_act": False, "act_group_aware": False}
     config = library.QuantizeConfig(damp_percent=0.01, offload_to_disk=False, **settings)
     model = library.GPTQModel.load(str(folder), config, device="cpu", dtype=torch.float32)
     examples = [{"input_ids": list(ids), "attention_mask": [1] * len(ids)} for ids in sequences]
     model.quantize(examples, batch_size=1, backend=library.BACKEND.TORCH)
     model.save(str(tmp_path / "theirs"))
-    given = QuantizeOptions(
-        str(folder), str(tmp_path / "ours"), bits=bits, group_size=64, num_samples=32, seq_len=512
-    )
+    asked = {"bits": bits, "group_size": 64, "num_samples": 32, "seq_len": 512, "report": False}
+    given = QuantizeOptions(str(folder), str(tmp_path / "ours"), **asked)  # type: ignore[arg-type]
     quantize(given, lambda *_: None, lambda _: None)
     ours, theirs = (
         evaluate(

@@ -21,7 +21,7 @@ from tiny_models import load_decoder, our_logits, transformers_logits
 
 def run(folder: Path, out: Path, **options: Any) -> tuple[dict[str, Any], list[str]]:
     lines: list[str] = []
-    given = {"method": "rtn", "group_size": 32, **options}
+    given = {"method": "rtn", "group_size": 32, "report": False, **options}
     summary = quantize(QuantizeOptions(str(folder), str(out), **given), lambda *_: None, lines.append)
     return summary, lines
 

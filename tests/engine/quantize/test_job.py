@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from nybble.engine.check import check_model
-from nybble.engine.documents import read_text
+from nybble.engine.documents import Encoder, read_documents
 from nybble.engine.errors import ConfigError, LayerError
 from nybble.engine.formats.registry import get_format
 from nybble.engine.formats.safetensors_files import SafetensorsFiles
@@ -20,12 +20,14 @@ from nybble.engine.quantize.gptq import GPTQ, round_gptq
 from nybble.engine.quantize.job import quantize
 from nybble.engine.quantize.methods import get_method
 from nybble.engine.quantize.options import QuantizeOptions
+from nybble.engine.quantize.prediction import peak_bytes as prediction_bytes
+from nybble.engine.quantize.report import peak_bytes, read_held_out
 from nybble.engine.tokenizer import Tokenizer
 from nybble.kernels.layout import PackedWeight, QuantSpec
 from safetensors.torch import load_file, save_file
 from tiny_models import load_decoder, our_logits, transformers_logits
 
-SMALL = {"num_samples": 12, "seq_len": 32}
+SMALL = {"num_samples": 12, "seq_len": 32, "report": False}
 
 
 def run(folder: Path, out: Path, **options: Any) -> dict[str, Any]:
@@ -42,7 +44,8 @@ def read_module(folder: Path, name: str) -> PackedWeight:
 
 
 def calibration(folder: Path, text: Path | None = None) -> Calibration:
-    return load_calibration(text, Tokenizer.from_folder(folder), SMALL["num_samples"], SMALL["seq_len"], 0)
+    encoder = Encoder(folder, Tokenizer.from_folder(folder))
+    return load_calibration(text, encoder, SMALL["num_samples"], SMALL["seq_len"], 0)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +317,7 @@ def test_an_interrupt_leaves_nothing(make_model: Any, tmp_path: Path) -> None:
         if done == 5:
             raise KeyboardInterrupt
 
-    options = QuantizeOptions(str(folder), str(tmp_path / "out"), group_size=32, method="rtn")
+    options = QuantizeOptions(str(folder), str(tmp_path / "out"), group_size=32, method="rtn", report=False)
     with pytest.raises(KeyboardInterrupt):
         quantize(options, interrupt, lambda _: None)
     assert [p.name for p in tmp_path.iterdir()] == ["original"]
@@ -353,6 +356,25 @@ def test_the_bound_of_memory_holds(options: dict[str, Any], make_model: Any, tmp
     assert peak <= method.peak_bytes(config, 20 * 32 if method.statistics else 0)
 
 
+@pytest.mark.parametrize("predict", [False, True])
+def test_the_reports_bound_of_memory_holds(
+    predict: bool, make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In two chunks of text; the bound of RTN itself is lower."""
+    folder, _ = make_model("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=2)
+    text = tmp_path / "text.txt"
+    text.write_text("<|endoftext|>".join(["the cat and the dog " * 100] * 16))
+    monkeypatch.setattr("nybble.engine.compare.CHUNK_BYTES", 8 * 256 * 3000)
+    given = {"method": "rtn", "report": True, "predict": predict, "eval_text": str(text)}
+    options = QuantizeOptions(str(folder), "", **given)  # type: ignore[arg-type]
+    with source.Source(folder) as opened:
+        held = read_held_out(options, opened)
+        assert sum(len(window.token_ids) for window in held.passage.windows) > 3000
+        bounds = [peak_bytes(opened.config, held.passage), prediction_bytes(opened.config)]
+    peak = peak_of_tensors(lambda: run(folder, tmp_path / "out", **given))
+    assert peak <= (max(bounds) if predict else bounds[0])
+
+
 def peak_of_tensors(work: Any) -> int:
     with torch.profiler.profile(profile_memory=True) as profile:
         work()
@@ -366,6 +388,6 @@ def peak_of_tensors(work: Any) -> int:
 
 
 def test_the_shipped_text_is_enough() -> None:
-    text = read_text(Path(source.__file__).parent / "calibration.txt", "--calibration")
-    assert len(text.encode()) > 20_000
-    assert text.count("<|endoftext|>") > 30
+    found = read_documents(Path(source.__file__).parent / "calibration.txt", "--calibration")
+    assert sum(len(document.content) for document in found.items) > 20_000
+    assert len(found.items) > 30

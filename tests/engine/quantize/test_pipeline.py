@@ -37,7 +37,7 @@ def weights(stage: Stage) -> dict[str, PackedWeight]:
 
 
 def run(folder: Path, out: Path, **options: Any) -> dict[str, Any]:
-    given = {"group_size": 32, "num_samples": 8, "seq_len": 32, **options}
+    given = {"group_size": 32, "num_samples": 8, "seq_len": 32, "report": False, **options}
     return quantize(QuantizeOptions(str(folder), str(out), **given), lambda *_: None, lambda _: None)
 
 
@@ -233,7 +233,8 @@ def test_too_little_memory_names_the_block(
 def test_progress_tells_block_and_loss(make_model: Any, tmp_path: Path) -> None:
     folder, _ = make_model("llama")
     told: list[tuple[Any, ...]] = []
-    options = QuantizeOptions(str(folder), str(tmp_path / "out"), group_size=32, num_samples=4, seq_len=32)
+    small = {"group_size": 32, "num_samples": 4, "seq_len": 32, "report": False}
+    options = QuantizeOptions(str(folder), str(tmp_path / "out"), **small)  # type: ignore[arg-type]
     summary = quantize(options, lambda *given: told.append(given), lambda _: None)
     assert [given[1] for given in told] == list(range(22))
     assert {given[0] for given in told} == {"quantize"}

@@ -1,4 +1,4 @@
-"""A checkpoint says where it comes from, and its quality report joins it as a whole or not at all."""
+"""A checkpoint says where it comes from."""
 
 import hashlib
 import json
@@ -7,16 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from nybble.engine.errors import ConfigError
 from nybble.engine.quantize import calibrate
 from nybble.engine.quantize.job import quantize
 from nybble.engine.quantize.options import QuantizeOptions
-from nybble.engine.quantize.provenance import record_quality
 from safetensors.torch import load_file, save_file
 
 
 def run(folder: Path, out: Path, **options: Any) -> dict[str, Any]:
-    given = {"group_size": 32, "num_samples": 4, "seq_len": 32, **options}
+    given = {"group_size": 32, "num_samples": 4, "seq_len": 32, "report": False, **options}
     quantize(QuantizeOptions(str(folder), str(out), **given), lambda *_: None, lambda _: None)
     block: dict[str, Any] = json.loads((out / "config.json").read_text())["provenance"]
     return block
@@ -49,29 +47,3 @@ def test_the_originals_fingerprint_is_its_weights(make_model: Any, tmp_path: Pat
     changed = run(folder, tmp_path / "changed", method="rtn")
     assert changed["model"]["name"] == first["model"]["name"] == "original"
     assert changed["model"]["tensors_sha256"] != first["model"]["tensors_sha256"]
-
-
-def test_a_quality_report_joins_it(make_model: Any, tmp_path: Path) -> None:
-    folder, _ = make_model("llama")
-    run(folder, tmp_path / "out", method="rtn")
-    before = json.loads((tmp_path / "out/config.json").read_text())
-    files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    record_quality(tmp_path / "out", {"nll": 2.5})
-    after = json.loads((tmp_path / "out/config.json").read_text())
-    assert after["provenance"].pop("quality") == {"nll": 2.5}
-    del before["provenance"]["quality"]
-    assert after == before
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
-    original = (folder / "config.json").read_bytes()
-    with pytest.raises(ConfigError, match="no provenance block"):
-        record_quality(folder, {"nll": 2.5})
-    assert (folder / "config.json").read_bytes() == original
-
-
-def test_a_report_that_is_no_json_changes_nothing(make_model: Any, tmp_path: Path) -> None:
-    folder, _ = make_model("llama")
-    run(folder, tmp_path / "out", method="rtn")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    with pytest.raises(TypeError):
-        record_quality(tmp_path / "out", {"nll": object()})
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nybble.engine.evaluate import Scorer, Window, read_windows, score_windows
+from nybble.engine.documents import Document, Documents, Encoder
 from nybble.engine.quantize.job import quantize
 from nybble.engine.quantize.options import QuantizeOptions
+from nybble.engine.scorers import Scorer, score_windows
+from nybble.engine.scoring import Window, read_windows
 from nybble.engine.tokenizer import Tokenizer
 
 
@@ -17,8 +19,9 @@ def nll(folder: Path, windows: list[Window]) -> float:
 
 @pytest.fixture(scope="module")
 def held_out(tiny1m: Path, stories: list[str]) -> list[Window]:
-    tokenizer = Tokenizer.from_folder(tiny1m)
-    windows, _ = read_windows("<|endoftext|>".join(stories[-40:]), tokenizer, None, 256)
+    encoder = Encoder(tiny1m, Tokenizer.from_folder(tiny1m))
+    documents = Documents([Document(story.strip(), "") for story in stories[-40:] if story.strip()], "", "")
+    windows = read_windows(documents, encoder, None, 256).windows
     return [window for window in windows if window.first == 1]  # per story, cut at the context
 
 
@@ -33,7 +36,13 @@ def test_gptq_beats_rounding_to_nearest(
     tiny1m: Path, held_out: list[Window], calibration: Path, tmp_path: Path
 ) -> None:
     def cost(name: str, **options: Any) -> float:
-        given = {"group_size": 32, "calibration": str(calibration), "num_samples": 40, **options}
+        given = {
+            "group_size": 32,
+            "calibration": str(calibration),
+            "num_samples": 40,
+            "report": False,
+            **options,
+        }
         out = tmp_path / name
         quantize(QuantizeOptions(str(tiny1m), str(out), **given), lambda *_: None, lambda _: None)
         return nll(out, held_out) - original
@@ -51,7 +60,9 @@ def test_the_shipped_text_serves_too(tiny1m: Path, held_out: list[Window], tmp_p
     costs = {}
     for method in ("rtn", "gptq"):
         out = tmp_path / method
-        options = QuantizeOptions(str(tiny1m), str(out), group_size=32, method=method, num_samples=40)
+        options = QuantizeOptions(
+            str(tiny1m), str(out), group_size=32, method=method, num_samples=40, report=False
+        )
         quantize(options, lambda *_: None, lambda _: None)
         costs[method] = nll(out, held_out)
     assert costs["gptq"] < costs["rtn"]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 
 def options(folder: Path, out: Path, **more: Any) -> QuantizeOptions:
-    given = {"group_size": 32, "num_samples": 8, "seq_len": 32, "resume": True, **more}
+    given = {"group_size": 32, "num_samples": 8, "seq_len": 32, "resume": True, "report": False, **more}
     return QuantizeOptions(str(folder), str(out), **given)
 
 

@@ -1,0 +1,52 @@
+"""Windows of documents."""
+
+from pathlib import Path
+
+import pytest
+from nybble.engine.documents import Encoder, read_documents
+from nybble.engine.scoring import cut_windows, perplexity, read_windows
+from nybble.engine.tokenizer import Tokenizer
+from tiny_tokenizer import write_tokenizer
+
+
+@pytest.mark.parametrize(("length", "max_len"), [(5, 8), (8, 8), (9, 8), (12, 8), (13, 8), (100, 8), (64, 7)])
+def test_each_token_is_scored_once(length: int, max_len: int) -> None:
+    ids = list(range(length))
+    windows = cut_windows(ids, max_len)
+    scored = [token for window in windows for token in window.token_ids[window.first :]]
+    assert scored == ids[1:]
+    for window in windows:
+        start = window.token_ids[0]
+        assert list(window.token_ids) == ids[start : start + len(window.token_ids)]
+        assert len(window.token_ids) <= max_len
+        assert window is windows[0] or window.first >= max_len // 2
+
+
+@pytest.mark.parametrize("limit", [1, 3, 5, 6, 20, 1000])
+def test_a_limit_of_tokens_is_kept_exactly(limit: int, tmp_path: Path) -> None:
+    """What is scored is the beginning of what is scored without a limit."""
+    folder = write_tokenizer(tmp_path / "tokenizer")
+    encoder = Encoder(folder, Tokenizer.from_folder(folder))
+    (tmp_path / "text.txt").write_text(
+        "the cat and the dog<|endoftext|>" + "went to the sea in the rain " * 3
+    )
+    documents = read_documents(tmp_path / "text.txt", "--text")
+    whole = read_windows(documents, encoder, None, 8)
+    assert whole.whole
+    assert whole.num_scored > 20
+    some = read_windows(documents, encoder, None, 8, max_tokens=limit)
+    assert some.num_scored == min(limit, whole.num_scored)
+    assert some.whole == (limit > whole.num_scored)
+    assert (some.num_bytes == whole.num_bytes) == some.whole
+    scored, all_scored = (
+        [token for window in passage.windows for token in window.token_ids[window.first :]]
+        for passage in (some, whole)
+    )
+    assert scored == all_scored[: len(scored)]
+    first = read_windows(documents, encoder, None, 8, max_documents=1)
+    assert (first.whole, first.num_bytes) == (False, len("the cat and the dog"))
+
+
+def test_perplexity_of_hopeless_models() -> None:
+    assert perplexity(0.0) == 1.0
+    assert perplexity(1000.0) == float("inf")

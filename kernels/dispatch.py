@@ -47,7 +47,7 @@ class WeightTraits:
     """What decides whether a linear kernel can take a weight.
 
     ``max_abs`` bounds the weights' magnitude; ``is_24``: see ``PackedWeight.is_24``, or floats of which every
-    four consecutive inputs keep at most two; ``whole_zeros``: zero points are whole numbers from 0 to 255.
+    four consecutive inputs keep at most two; ``whole_zeros``: zero points are whole, 0 to min(2**bits, 255).
     """
 
     out_features: int
@@ -79,9 +79,16 @@ class WeightTraits:
             max_abs,
             weight.g_idx is not None,
             weight.is_24() if weight.spec is not None else _halves_24(weight.values),
-            weight.zeros is None or torch.equal(weight.zeros, weight.zeros.round().clamp(0, 255)),
+            _whole_zeros(weight),
             weight.outliers is not None,
         )
+
+
+def _whole_zeros(weight: PackedWeight) -> bool:
+    """Whether zero points are whole numbers from 0 to 2**bits (8 bits: 255), of which kernels hold a byte."""
+    if weight.zeros is None or weight.spec is None:
+        return True
+    return torch.equal(weight.zeros, weight.zeros.round().clamp(0, min(2**weight.spec.num_bits, 255)))
 
 
 def _halves_24(values: Tensor) -> bool:

@@ -7,9 +7,9 @@ moves no data: register ``i`` of a lane comes from field ``i`` of its words, the
 half.
 
 A field of b bits at position p of a half word, or-ed with the bits of M = 1024 (fp16) or 128 (bf16), is the
-float M + code * 2**p; one fma with 2**-p and -(M * 2**-p + zero) gives code - zero exactly. No int-to-float
-conversion: those run at a quarter of the rate, and bound a kernel on a data-centre GPU below its memory's
-bandwidth.
+float M + code * 2**p; one fma with 2**-p and -(M * 2**-p + zero) gives code - zero exactly, for zeros
+from 0 to 2**b (8 bits: 255): larger ones would carry into the exponent. No int-to-float conversion: those run
+at a quarter of the rate, and bound a kernel on a data-centre GPU below its memory's bandwidth.
 """
 
 import triton
@@ -159,7 +159,7 @@ def unit_ptx(bits: int, bf16: bool, out: list[str], words: list[str], rows: list
 def dequant_ptx(bits: int, bf16: bool, zeros: bool, scales: bool) -> str:
     """PTX that unpacks a unit: operands are the output registers, the words, then zeros and scales.
 
-    zeros: two, of rows g and g + 8, as integers up to 255; scales: likewise, as pairs of halves.
+    zeros: two, of rows g and g + 8, integers up to 2**bits (255 for 8); scales: likewise, as pairs of halves.
     """
     count, first = 4 * fragments_per_unit(bits), 4 * fragments_per_unit(bits) + words_per_unit(bits)
     names = [f"${i}" for i in range(first + 4)]

@@ -28,7 +28,7 @@ class LowBitKernel:
         if weight.spec.num_bits not in (2, 3, 4, 8):
             return f"takes 2, 3, 4 or 8 bits, not {weight.spec.num_bits}"
         if not weight.whole_zeros:
-            return "takes zero points that are whole numbers from 0 to 255"
+            return "takes zero points that are whole numbers from 0 to 2**bits, at most 255"
         return _unfit(target, weight)
 
     def repack(self, weight: PackedWeight, target: Target) -> PackedLinear:

@@ -6,8 +6,8 @@ words: int32 [N / 64, K / 128, KB, planes, 4, 8 (g), 4 (t), V]: blocks of 64 out
        3     1   3       2
        4     2   1       4
        8     2   2       4
-scales: fp16 (bf16 or fp32 where fp16 loses) [parts, N]; zeros: uint8 [parts, N]. A part is ``group`` inputs:
-       32, 64 or 128, with larger groups repeated; ``group`` 0 is one part over all inputs.
+scales: fp16 (bf16 or fp32 where fp16 loses) [parts, N]; zeros: uint8 [parts, N], up to 2**bits. A part is
+       ``group`` inputs: 32, 64 or 128, with larger groups repeated; ``group`` 0 is one part over all inputs.
 
 overlay: residuals in chunks of 128 entries for each block of outputs, 32 for each 16 outputs, zero-padded:
        values (the activations' type), rows (uint8, of 16), cols (int16 as uint16, or int32) [chunks, 4, 32];
@@ -86,7 +86,7 @@ def padded(size: int, multiple: int) -> int:
 def pack(weight: PackedWeight, device: torch.device | str, dtype: torch.dtype) -> FragmentWeight:
     """The weight in fragment order on ``device``, for activations of ``dtype`` (fp16 or bf16).
 
-    Zero points must be whole numbers up to 255.
+    Zero points must be whole numbers from 0 to 2**bits (8 bits: 255): ``WeightTraits.whole_zeros``.
     """
     spec = weight.spec
     assert spec is not None and weight.scales is not None

@@ -85,11 +85,25 @@ def test_a_missing_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("linear", CUDA, weight=TRAITS).name == "torch"
 
 
-@pytest.mark.parametrize(("zero", "whole"), [(3.0, True), (0.5, False), (-1.0, False), (256.0, False)])
-def test_zero_points_with_fractions_are_seen(zero: float, whole: bool) -> None:
-    codes = torch.zeros(4, 8, dtype=torch.uint8)
-    weight = PackedWeight(codes, QuantSpec(4, 8, False), torch.ones(4, 1), torch.full((4, 1), zero))
-    assert WeightTraits.of(weight).whole_zeros is whole
+@pytest.mark.parametrize(
+    ("bits", "zero", "whole"),
+    [
+        (4, 3.0, True),
+        (4, 0.5, False),
+        (4, -1.0, False),
+        (4, float("nan"), False),
+        *((bits, 2.0**bits, True) for bits in (2, 3, 4)),  # of checkpoints that store a zero point minus one
+        *((bits, 2.0**bits + 1, False) for bits in (2, 3, 4)),
+        (8, 255.0, True),
+        (8, 256.0, False),
+    ],
+)
+def test_zero_points_that_no_kernel_holds_are_refused(bits: int, zero: float, whole: bool) -> None:
+    codes = torch.zeros(64, 128, dtype=torch.uint8)
+    weight = PackedWeight(codes, QuantSpec(bits, 128, False), torch.ones(64, 1), torch.full((64, 1), zero))
+    traits = WeightTraits.of(weight)
+    assert traits.whole_zeros is whole
+    assert choose("linear", CUDA, weight=traits).name == ("triton-low-bit" if whole else "torch")
 
 
 @pytest.mark.parametrize("stated", [False, True])

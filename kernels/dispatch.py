@@ -47,7 +47,8 @@ class WeightTraits:
     """What decides whether a linear kernel can take a weight.
 
     ``max_abs`` bounds the weights' magnitude; ``is_24``: see ``PackedWeight.is_24``, or floats of which every
-    four consecutive inputs keep at most two; ``whole_zeros``: zero points are whole, 0 to min(2**bits, 255).
+    four consecutive inputs keep at most two; ``whole_zeros``: zero points are whole, 0 to min(2**bits, 255);
+    ``scale_rounding``: largest relative change of a scale by rounding to fp16.
     """
 
     out_features: int
@@ -59,6 +60,7 @@ class WeightTraits:
     is_24: bool = False
     whole_zeros: bool = True
     has_outliers: bool = False
+    scale_rounding: float = 0.0
 
     @staticmethod
     def of(weight: PackedWeight) -> "WeightTraits":
@@ -81,6 +83,7 @@ class WeightTraits:
             weight.is_24() if weight.spec is not None else _halves_24(weight.values),
             _whole_zeros(weight),
             weight.outliers is not None,
+            _scale_rounding(weight),
         )
 
 
@@ -89,6 +92,15 @@ def _whole_zeros(weight: PackedWeight) -> bool:
     if weight.zeros is None or weight.spec is None:
         return True
     return torch.equal(weight.zeros, weight.zeros.round().clamp(0, min(2**weight.spec.num_bits, 255)))
+
+
+def _scale_rounding(weight: PackedWeight) -> float:
+    """The largest relative change of a scale by rounding to fp16; 1 where one becomes 0."""
+    if weight.scales is None or weight.scales.dtype == torch.float16:
+        return 0.0
+    scales = weight.scales.float()
+    change = (scales.half().float() - scales).abs() / scales.abs().clamp(min=torch.finfo(torch.float32).tiny)
+    return float(change.max())
 
 
 def _halves_24(values: Tensor) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...kernels.cpu.numba_linear import bf16_refusal
+from ...kernels.cpu.numba_linear import bf16_refusal, why_not
 from ...kernels.dispatch import Target
 from ...kernels.layout import PackedWeight, QuantSpec
 from ..config import EngineConfig
@@ -128,6 +128,8 @@ def resolve_target(
             dtype = torch.float16
     features = cpu_features() if device == "cpu" else frozenset()
     target = Target(device, dtype, features, config.cpu_kernels, config.low_bit_activations)
+    if target.is_cpu and config.cpu_activations == "int8" and (reason := why_not(target)) is not None:
+        raise ConfigError(f"--cpu-activations int8: {reason}; leave it out, or use --cpu-kernels auto")
     refusal = bf16_refusal(target) if target.is_cpu and config.cpu_activations == "bf16" else None
     if refusal is not None:
         raise ConfigError(

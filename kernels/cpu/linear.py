@@ -48,6 +48,8 @@ class Fp16PackedKernel:
             return f"takes {'quantized' if self.quantized else 'dense'} weights only"
         if target.dtype != torch.float16:
             return f"computes in float16, asked for {str(target.dtype).removeprefix('torch.')}"
+        if self.quantized and target.cpu_activations == "fp32" and target.cpu_kernels != "torch":
+            return "rounds weights to fp16, exact fp32 was asked for"
         if not weight.max_abs <= _FP16_MAX:
             return f"fp16 would overflow: a weight's magnitude is up to {weight.max_abs:.4g}"
         if "fbgemm" not in torch.backends.quantized.supported_engines:

@@ -11,6 +11,7 @@ from ..dispatch import PackedLinear, Target, WeightTraits
 from ..layout import PackedWeight
 
 _FP16_MAX = 65504.0
+_FP16_ROUNDING = 2.0**-11  # of a scale that is no subnormal of fp16
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _VNNI = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}) | _AVX2
 
@@ -65,6 +66,10 @@ class LowBitKernel:
             return f"--cpu-activations {target.cpu_activations} was asked for"
         if not weight.max_abs <= _FP16_MAX * 2.0**weight.spec.num_bits:
             return "a scale overflows fp16"
+        if self.activations == "fp32" and weight.scale_rounding > 0:
+            return "scales are kept in fp16, which would round them"
+        if weight.scale_rounding > _FP16_ROUNDING:
+            return f"fp16 would change a scale by {weight.scale_rounding:.1e}"
         return bf16_refusal(target) if self.activations == "bf16" else why_not(target)
 
     def repack(self, weight: PackedWeight, target: Target) -> PackedLinear:

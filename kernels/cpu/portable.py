@@ -112,6 +112,7 @@ class PortableKernel:
         group = weight.group_of_inputs()
         counts = group.bincount()
         even = bool((group.diff() >= 0).all()) and bool((counts == counts[0]).all())
+        even = even and len(counts) == weight.scales.shape[1]
         return PortableLinear(
             spec.num_bits,
             weight.in_features,

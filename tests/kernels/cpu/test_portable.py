@@ -10,11 +10,12 @@ import pytest
 import torch
 from nybble.engine.build import build_engine
 from nybble.engine.config import EngineConfig
+from nybble.engine.hardware import cpu_features
 from nybble.engine.quantize.job import quantize
 from nybble.engine.quantize.options import QuantizeOptions
 from nybble.engine.records import SamplingParams
 from nybble.kernels.cpu.portable import PortableLinear, low_bit
-from nybble.kernels.dispatch import Target, WeightTraits, choose
+from nybble.kernels.dispatch import Target, WeightTraits, choose, resolve
 from nybble.kernels.layout import PackedWeight, QuantSpec, SparseOverlay
 from tiny_models import tiny_transformer
 from tiny_tokenizer import write_tokenizer
@@ -103,7 +104,11 @@ def test_who_takes_low_bit_weights_and_why(monkeypatch: pytest.MonkeyPatch) -> N
     choice = choose("linear", avx2, weight=traits)
     assert choice.name == "portable"
     assert dict(choice.refused)["cpu-fp32"] == "numba is not installed"
-    assert choose("linear", replace(avx2, dtype=torch.float16), weight=traits).name == "dequant-fp16"
+    assert choose("linear", replace(avx2, dtype=torch.float16), weight=traits).name == "portable"
+    served = replace(
+        avx2, dtype=torch.float16, cpu_activations="int8"
+    )  # what the default becomes without numba
+    assert choose("linear", served, weight=traits).name == "dequant-fp16"
     assert choose("linear", replace(exact, cpu_kernels="torch"), weight=traits).name == "torch"
 
 
@@ -132,3 +137,17 @@ def test_an_engine_over_it_gives_the_reference_s_tokens(
     chosen, lines = generate(max_num_batched_tokens=64)
     assert chosen == expected
     assert any(line.startswith("portable: ") and "the CPU lacks" in line for line in lines)
+
+
+@pytest.mark.parametrize(("dtype", "exponent"), [(torch.float32, 0), (torch.bfloat16, -22)])
+def test_scales_that_fp16_would_change_are_served_exactly(dtype: torch.dtype, exponent: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    codes = torch.randint(0, 16, (48, 128), generator=generator, dtype=torch.uint8)
+    scales = ((1 + torch.rand(48, 4, generator=generator)) * 2.0**exponent).to(dtype)
+    weight = PackedWeight(codes, QuantSpec(4, 32, True), scales)
+    target = Target("cpu", torch.float32, cpu_features(), "auto", "fp32")
+    kernel = resolve("linear", target, weight=WeightTraits.of(weight))
+    x = torch.randn(5, 128, generator=generator)
+    exact = x.double() @ weight.dequantize(torch.float32).double().T
+    error = (kernel.repack(weight, target)(x).double() - exact).norm() / exact.norm()
+    assert float(error) < 1e-6

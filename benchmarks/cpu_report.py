@@ -1,6 +1,7 @@
 """Tables and the plot of benchmarks/cpu.py."""
 
 import importlib.util
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def report(results: dict[str, Any]) -> None:
         header = ("ours / other", *METRICS.values(), "memory", "KV full")
         rows = []
         for label, ratio in results["ratios"].items():
-            speeds = [f"{ratio[metric]:.2f}x" for metric in METRICS]
+            speeds = [_times(ratio[metric]) for metric in METRICS]
             rows.append([label, *speeds, *(_times(ratio.get(key)) for key in ("after_decode8", "kv_full"))])
         show("medians of ratios: speed (above 1: ours faster), memory (below 1: ours smaller)", header, rows)
     _notes(results)
@@ -137,7 +138,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for index, (label, ratio) in enumerate(results["ratios"].items()):
         places = [place + (index + 0.5) * width - 0.4 for place in range(len(METRICS))]
         bars = axes.bar(places, [ratio[metric] for metric in METRICS], width, label=label)
-        axes.bar_label(bars, fmt="%.2f", fontsize="x-small")
+        axes.bar_label(bars, [_times(ratio[metric]) for metric in METRICS], fontsize="x-small")
     axes.axhline(1, color="black", linewidth=0.8)
     names = list((METRICS | {"prefill": f"prefill {results['prefill_tokens']}"}).values())
     axes.set_xticks(range(len(METRICS)), names)
@@ -160,4 +161,5 @@ def _mb(num_bytes: int | None) -> str:
 
 
 def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}x"
+    """Never rounded up."""
+    return "-" if ratio is None else f"{math.floor(100 * ratio) / 100:.2f}x"

@@ -42,7 +42,8 @@ def test_quantize_then_evaluate_then_check(folder: Path, tmp_path: Path) -> None
     assert lines[1].startswith("calibration: 4 sequences")
     progress = [event for event in events if event["event"] == "progress"]
     assert progress[0] == {"event": "progress", "phase": "quantize", "done": 0, "total": 21, "layer": 0}
-    assert progress[-1]["done"] == 21
+    last = {event["phase"]: (event["done"], event["total"]) for event in progress}
+    assert last == {"quantize": (21, 21), "report": (3, 3), "sensitivity": (4, 4)}
     assert [event["event"] for event in events].count("result") == 1
     assert events[-1]["event"] == "result"
     assert len(events[-1]["modules"]) == 21

@@ -202,7 +202,8 @@ def test_a_killed_process_is_started_again(server: GatewayServer) -> None:
     victim = job_process(server)
     assert victim is not None
     os.kill(victim, signal.SIGKILL)
-    assert follow(server, job["id"])[-1][1]["status"] == "succeeded"
+    last = follow(server, job["id"])[-1][1]
+    assert (last["status"], last["error"]) == ("succeeded", None)
 
 
 def test_a_process_that_is_always_killed_fails_the_job(server: GatewayServer) -> None:

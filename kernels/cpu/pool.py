@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
 from .abi import call_kernel, compile_function, word
 from .atomics import atomic_add, atomic_load, atomic_store, wait_while_equal, wake
@@ -95,33 +96,70 @@ def _functions() -> tuple[Any, Any, Any]:
     return compile_function(_worker_loop), compile_function(_run_tape), compile_function(_stop_workers)
 
 
+@lru_cache(maxsize=1)
+def _told_of_forks() -> "weakref.WeakSet[_Workers]":
+    """Whose ``forked`` every child of this process calls first."""
+    living: weakref.WeakSet[_Workers] = weakref.WeakSet()
+
+    def forked() -> None:
+        for workers in list(living):
+            workers.forked()
+
+    os.register_at_fork(after_in_child=forked)
+    return living
+
+
 class _Workers:
-    """The threads of a pool, the control block that they watch, and the process that they live in."""
+    """The threads of a pool, and the control block that they watch; in a fork the first run starts others."""
 
     def __init__(self, count: int, spin: int) -> None:
-        self.process = os.getpid()
-        self.lock = threading.Lock()  # held by a run, and by the end
-        self.closed = False
-        self._memory = np.zeros(11 * _LINE // 8, np.int64)
-        self.control = (self._memory.ctypes.data + _LINE - 1) // _LINE * _LINE
-        self._memory[(self.control - self._memory.ctypes.data + _SPIN) // 8] = spin
-        worker_loop, self.run_tape, self._stop = _functions()
+        self._count = count
+        self._spin = spin
+        self._closed = False
+        self._lock = threading.Lock()  # held by a run, its start of threads too, and by the end
+        self._start()
+        _told_of_forks().add(self)
+
+    def _start(self) -> None:
+        memory = np.zeros(11 * _LINE // 8, np.int64)
+        self._control = (memory.ctypes.data + _LINE - 1) // _LINE * _LINE
+        memory[(self._control - memory.ctypes.data + _SPIN) // 8] = self._spin
+        worker_loop, self._run_tape, self._stop = _functions()
         self._threads = [
-            threading.Thread(target=worker_loop, args=(self.control, i), daemon=True, name=f"nybble-cpu-{i}")
-            for i in range(1, count + 1)
+            threading.Thread(target=worker_loop, args=(self._control, i), daemon=True, name=f"nybble-cpu-{i}")
+            for i in range(1, self._count + 1)
         ]
         for thread in self._threads:
             thread.start()
-        self.contention = Contention([thread.native_id or 0 for thread in self._threads])
+        self._contention = Contention([thread.native_id or 0 for thread in self._threads])
+        self._memory: NDArray[np.int64] | None = memory
+
+    def forked(self) -> None:
+        """In a child: the threads live in the parent, and one of them may have held the lock."""
+        self._lock = threading.Lock()
+        self._threads = []
+        self._memory = None  # to be started
+
+    def run(self, tape: int, length: int) -> None:
+        """See Pool."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the pool is closed")
+            if self._memory is None:
+                self._start()
+            began, threads = time.monotonic(), self._count + 1
+            if threads > 1 and self._contention.alone(began):
+                threads = 1
+            self._run_tape(self._control, tape, length, threads)
+            if threads > 1:
+                self._contention.ran(time.monotonic() - began)
 
     def close(self) -> None:
         """Wait for a run in progress, stop the threads, and wait until none reads the control block."""
-        if self.process != os.getpid():
-            return  # a fork: they live in the parent, and the lock may have been held there
-        with self.lock:
-            self.closed = True
+        self._closed = True
+        with self._lock:
             if self._threads:
-                self._stop(self.control)
+                self._stop(self._control)
                 for thread in self._threads:
                     thread.join()
 
@@ -135,30 +173,12 @@ class Pool:
 
     def __init__(self, num_threads: int, spin: int = 2000) -> None:
         self.num_threads = num_threads
-        self._spin = spin
         self._workers = _Workers(num_threads - 1, spin)
         self.close = weakref.finalize(self, self._workers.close)
 
-    def run(self, tape: "np.ndarray[Any, np.dtype[np.int64]]", length: int) -> None:
+    def run(self, tape: NDArray[np.int64], length: int) -> None:
         """Replay ``length`` records; returns when all are done. Callers take turns.
 
         RuntimeError: the pool is closed.
         """
-        if self._workers.process != os.getpid():
-            self._replace_workers()
-        workers = self._workers
-        with workers.lock:
-            if workers.closed:
-                raise RuntimeError("the pool is closed")
-            began = time.monotonic()
-            threads = 1 if self.num_threads > 1 and workers.contention.alone(began) else self.num_threads
-            workers.run_tape(workers.control, tape.ctypes.data, length, threads)
-            if threads > 1:
-                workers.contention.ran(time.monotonic() - began)
-
-    def _replace_workers(self) -> None:
-        if not self.close.alive:
-            raise RuntimeError("the pool is closed")
-        self.close.detach()
-        self._workers = _Workers(self.num_threads - 1, self._spin)
-        self.close = weakref.finalize(self, self._workers.close)
+        self._workers.run(tape.ctypes.data, length)

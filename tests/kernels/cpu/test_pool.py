@@ -145,12 +145,14 @@ def test_callers_take_turns(never_alone: None) -> None:
     pool.close()
 
 
-FORK = """
+FORK_HEAD = """
 import os, sys, threading, time, warnings
 sys.path[:0] = {path!r}
 from test_pool import Contention, Pool, Stages
 warnings.simplefilter("ignore", DeprecationWarning)  # Python says that forking beside threads is delicate
 Contention.alone = lambda self, now: False
+"""
+FORK = """
 used, unused, closed = Pool(2), Pool(2), Pool(2)
 stages = Stages(2)
 stages.run(used)
@@ -179,11 +181,50 @@ for turn in range(20):  # now and then in the middle of a run
     stages.run(unused)
 print("all children ran")
 """
+# The lock is held in the parent at most forks; in the child three callers are first at the same time.
+FORK_CALLERS = """
+pool = Pool(2)
+stages = [Stages(2) for _ in range(3)]
+busy = Stages(2)
+threading.Thread(target=lambda: [busy.run(pool) for _ in range(10**9)], daemon=True).start()
+time.sleep(0.05)
+
+def call(own, together, done):
+    together.wait()
+    for _ in range(20):
+        own.run(pool)
+    done.append(own)
+
+for turn in range(20):
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            together, done = threading.Barrier(3), []
+            callers = [threading.Thread(target=call, args=(own, together, done)) for own in stages]
+            for caller in callers:
+                caller.start()
+            for caller in callers:
+                caller.join()
+            workers = [one for one in threading.enumerate() if one.name.startswith("nybble-cpu")]
+            pool.close()
+            try:
+                stages[0].run(pool)
+            except RuntimeError:
+                code = 0 if len(done) == 3 and len(workers) == 1 else 2
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0, "the child failed"
+print("all children ran")
+"""
 
 
-def test_a_fork_gets_threads_of_its_own(child_environment: dict[str, str]) -> None:
-    """Forked while a thread runs; pools that were used, that were not, and that are closed."""
-    command = [sys.executable, "-c", FORK.format(path=[str(Path(__file__).parent), *sys.path])]
+@pytest.mark.parametrize("script", [FORK, FORK_CALLERS], ids=["one caller", "three callers"])
+def test_a_fork_gets_threads_of_its_own(script: str, child_environment: dict[str, str]) -> None:
+    """Forked while a thread runs; pools that were used, that were not, and that are closed. Of several
+    callers the first starts the threads, and all use them."""
+    head = FORK_HEAD.format(path=[str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-c", head + script]
     done = subprocess.run(
         command, env=child_environment, capture_output=True, text=True, timeout=TIMEOUT * 4, check=False
     )

@@ -123,10 +123,17 @@ class LlamaCpp:
     def load(
         self, model: str, threads: int, context: int, streams: int, options: dict[str, Any]
     ) -> dict[str, Any]:
-        """KV (fp16) for ``streams`` of ``context`` tokens. ``options``: unified, whether they share one."""
-        self._model = llama_cpp.llama_model_load_from_file(
-            model.encode(), llama_cpp.llama_model_default_params()
-        )
+        """KV (fp16) for ``streams`` of ``context`` tokens. ``options``: unified, whether they share one.
+
+        Without mmap: weights that llama.cpp repacks would count twice, as the file's pages too (1 B shape,
+        0.3.36: 1,405 MB of PSS against 872).
+        """
+        model_params = llama_cpp.llama_model_default_params()
+        if hasattr(model_params, "load_mode"):
+            model_params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+        else:  # before load_mode
+            model_params.use_mmap = False
+        self._model = llama_cpp.llama_model_load_from_file(model.encode(), model_params)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = streams * context
         params.n_batch = params.n_ubatch = BATCH

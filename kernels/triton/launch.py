@@ -1,7 +1,8 @@
 """Which kernel a packed weight is multiplied by, and with which constants: data, by GPU, shape and tokens.
 
 ``kernels/tuned/NAME.json`` (NAME: the GPU's, lower case, dashes) holds what was measured on it;
-default.json has rules for each architecture. A file is {"rules": [...]}; the first rule that fits is taken,
+default.json has rules for each architecture; NVIDIA's from sm_80 on that it does not name take those of
+``UNNAMED``. A file is {"rules": [...]}; the first rule that fits is taken,
 that of the user's folder (``use_tuned``) first, then the GPU's own, then the default. Rule: tokens (at most
 so many; null: any), kernel, BM, BN, warps, stages, programs (wanted per multiprocessor, by splitting K); it
 fits only the given architectures, bits, weights (N * K, at most so many) and shape ([N, K], padded) where it
@@ -21,6 +22,7 @@ import torch
 
 KERNELS = ("mma", "tile", "sparse24", "dense", "cusparselt")
 CONSTANTS = ("BM", "BN", "warps", "stages", "programs")
+UNNAMED = "sm_120"  # mma.sync throughout, and 99 KiB of shared memory a block: the least from sm_80 on
 MIN_STEPS = 2  # of 128 inputs that a split has at least: less is all start and end
 
 
@@ -190,6 +192,12 @@ def _read(path: Path) -> list[Mapping[str, Any]]:
 
 
 def _rules(name: str, architecture: str) -> Iterator[Mapping[str, Any]]:
-    for rule in (*_file(slug(name)), *_file("default")):
-        if architecture in rule.get("architectures", (architecture,)):
+    default = _file("default")
+    named = {name for rule in default for name in rule.get("architectures", ())}
+    number = architecture.removeprefix("sm_")
+    fitting = {architecture}
+    if architecture not in named and number.isdecimal() and int(number) >= 80:
+        fitting.add(UNNAMED)
+    for rule in (*_file(slug(name)), *default):
+        if fitting & set(rule.get("architectures", fitting)):
             yield rule

@@ -1,6 +1,9 @@
 """Launches: data that is complete, and splits that leave no program without work."""
 
 import json
+import os
+import subprocess
+import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -9,7 +12,24 @@ from nybble.kernels.triton import launch
 from nybble.kernels.triton.launch import Launch, Machine, choose, supports
 
 H200 = Machine("NVIDIA H200", "sm_90", 132)
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
+NAMED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
+UNNAMED = ("sm_87", "sm_103", "sm_110", "sm_121", "sm_200")  # Orin, B300, Thor, GB10, what may come
+ARCHITECTURES = NAMED + UNNAMED
+COMPILE = """
+from dataclasses import replace
+from kernel_gate.compiled import compile_variant
+from kernel_gate.machines import MACHINES
+from nybble.kernels.triton import variants
+
+for architecture, tokens in (("sm_87", 128), ("sm_103", 128), ("sm_121", 64)):
+    found = variants._launched(variants._Kind(8, "bf16", zeros=True), tokens, (architecture,))
+    if tokens == 64:
+        found += variants._launched(variants._Kind(8, sparse=True), tokens, (architecture,))
+        found += variants._sparse24(16, "bf16", tokens, (architecture,))
+    for variant in found:
+        compiled = compile_variant(variant, replace(MACHINES["sm_89"], target=architecture))
+        print(architecture, variant.name, compiled["shared"], compiled["spills"])
+"""
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -27,6 +47,36 @@ def test_a_gpu_without_rules_is_refused() -> None:
     assert not supports(old)
     with pytest.raises(LookupError, match="1 tokens on sm_75"):
         choose(old, 4, (64, 128), 1)
+    for architecture in ("gfx1100", "sm_72", "sm_"):
+        assert not supports(Machine("", architecture, 40))
+
+
+@pytest.mark.parametrize("architecture", UNNAMED)
+def test_a_gpu_that_no_rule_names_has_mma_sync_only(architecture: str) -> None:
+    machine = Machine("unheard of", architecture, 10)
+    found = {
+        choose(machine, bits, (4096, 4096), m, sparsity).kernel
+        for bits in (2, 3, 4, 8)
+        for m in (1, 16, 64, 65, 5000)
+        for sparsity in (None, "overlay", "2:4")
+    }
+    assert found == {"mma", "dense", "sparse24"}
+    assert supports(machine, "2:4")
+
+
+def test_its_largest_kernels_fit_99_kib_of_shared_memory(root: Path) -> None:
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(root / "scripts")
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert {row[1].split("-")[0] for row in rows} == {"mma", "sparse24"}
+    assert len(rows) == 5
+    for row in rows:
+        assert 64 << 10 < int(row[2]) <= 99 << 10, row
+        assert row[3] == "0", row
 
 
 def test_a_model_needs_at_most_16_kernels() -> None:

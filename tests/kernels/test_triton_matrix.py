@@ -67,6 +67,10 @@ CASES = [
     *(Case(bits, 128, True, (96, 384), m, kind="outliers") for bits in (3, 4) for m in (1, 20, 100)),
     Case(4, 32, False, (70, 260), 6, "bf16", bias=True, actorder=True, kind="outliers"),
     *(Case(4, 128, True, (80, 384), m, dtype, kind="2:4") for m in (1, 12, 90) for dtype in DTYPES),
+    Case(4, 32, True, (72, 288), 5, bias=True, kind="2:4"),
+    Case(4, 64, True, (80, 320), 9, "bf16", kind="2:4"),
+    Case(4, 64, True, (130, 448), 40, kind="2:4"),
+    Case(4, -1, True, (65, 200), 17, "bf16", bias=True, kind="2:4"),
     *(Case(16, -1, True, (80, 256), m, dtype, kind="half 2:4") for m in (1, 12, 90) for dtype in DTYPES),
     Case(4, 128, True, (64, 128), 0),
 ]  # fmt: skip
@@ -208,6 +212,7 @@ def test_the_table_covers_every_value() -> None:
     """A case that is dropped by mistake shows here."""
     for read, values in _WANTED:
         assert {read(case) for case in CASES} >= values
+    assert {case.group for case in CASES if case.kind == "2:4"} >= {32, 64, 128, -1}
 
 
 _WANTED: tuple[tuple[Callable[[Case], Any], set[Any]], ...] = (

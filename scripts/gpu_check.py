@@ -1,8 +1,9 @@
 """What ``make gpu-check`` runs on a machine with a GPU: is it right, then how fast. Under 8 minutes.
 
-1. The built-in 4-bit model, whole, on the device: greedy tokens equal those of fp32 on the CPU.
-2. The tests marked gpu, with fresh random inputs: the metadata order of sparse MMA first, then every
-   kind of weight against float64.
+1. The built-in 4-bit model, whole, on the device: greedy tokens equal those of fp32 on the CPU, up to a near
+   tie in each text; at least three quarters of all tokens must have been compared.
+2. The tests marked gpu, with fresh random inputs: the metadata order of sparse MMA first (not on AMD's, which
+   have none), then every kind of weight against float64. They are stopped when the time is over.
 3. benchmarks/kernels.py, with what is left of the time.
 
 No install: torch, triton, transformers, tokenizers, safetensors, numpy, pytest and what is here are all it
@@ -24,6 +25,7 @@ HELPERS = ROOT / "tests" / "helpers"
 MODEL = ROOT / "engine" / "demo" / "gptq-4bit-g64"
 SECONDS = 450  # of the eight minutes
 NEAR_TIE = 0.05  # nats between the reference's two best tokens: fp16's noise on the logits is 0.01
+LEAST = 0.75  # of the tokens compared: the reference's near ties, all in the third text, leave 146 of 192
 OPENINGS = (
     "Once upon a time, there was a little girl named Lily who lived in a small house near the big forest.",
     "Tom and his dog went to the park.",
@@ -121,12 +123,15 @@ def check_model(rehearse: bool, seed: int, left: float) -> bool:
         kernels = {info.kernel}
     print(f"gpu-check: linears by {', '.join(sorted(kernels))}")
     found = engine.generate(prompts, params)
-    right = [_same(*pair) for pair in zip(expected, found, strict=True)]
-    return all(right) and any(name.startswith("triton") for name in kernels)
+    checks = [same(*pair) for pair in zip(expected, found, strict=True)]
+    compared, wanted = sum(count for _, count in checks), len(prompts) * params.max_tokens
+    print(f"gpu-check: {compared} of {wanted} tokens compared, {LEAST * wanted:.0f} must be")
+    enough = compared >= LEAST * wanted
+    return all(right for right, _ in checks) and enough and any(n.startswith("triton") for n in kernels)
 
 
-def _same(expected: Any, found: Any) -> bool:
-    """The same tokens, up to a near tie of the reference."""
+def same(expected: Any, found: Any) -> tuple[bool, int]:
+    """Whether tokens are the same up to a near tie of the reference, and how many were before it."""
     for place, (wanted, got) in enumerate(zip(expected.token_ids, found.token_ids, strict=True)):
         if wanted != got:
             best = expected.logprobs[place]
@@ -134,12 +139,12 @@ def _same(expected: Any, found: Any) -> bool:
             print(
                 f"gpu-check: token {place}: {got} for {wanted}, the reference's two best are {gap:.3f} apart"
             )
-            return gap < NEAR_TIE and got == best.top_ids[1]
-    return True
+            return gap < NEAR_TIE and got == best.top_ids[1], place
+    return True, len(expected.token_ids)
 
 
 def run_tests(rehearse: bool, seed: int, left: float) -> bool:
-    """The tests marked gpu; in a rehearsal those that stand for them."""
+    """The tests marked gpu; in a rehearsal those that stand for them. Stopped after ``left`` seconds."""
     tests = ROOT / "tests" / "kernels"
     files = [str(tests / name) for name in ("test_triton_device.py", "test_triton_matrix.py")]
     chosen = ["-k", "as_emulated or (test_interpreted and sm_90)"] if rehearse else ["-m", "gpu"]
@@ -147,7 +152,12 @@ def run_tests(rehearse: bool, seed: int, left: float) -> bool:
     settings = ["-c", os.devnull, f"--rootdir={ROOT}", "-p", "no:cacheprovider", "--import-mode=importlib"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", *settings, *chosen, *files]
     environment = os.environ | {"NYBBLE_TEST_SEED": str(seed), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, check=False, timeout=max(left, 1))
+    except subprocess.TimeoutExpired:
+        print(f"gpu-check: the tests did not end in the {left:.0f} s that were left", flush=True)
+        return False
+    return done.returncode == 0
 
 
 def run_benchmarks(rehearse: bool, seed: int, left: float) -> bool:

@@ -20,6 +20,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 needs_device = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="no CUDA device and no interpreter"
 )
+needs_sparse_mma = pytest.mark.skipif(torch.version.hip is not None, reason="AMD's GPUs have no mma.sp")
 # Outputs $0-3; A $4-7, B $8-11, metadata $12-15 (the first is read), C $16-19.
 ASM = gl.constexpr(
     "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, "
@@ -72,6 +73,7 @@ def metadata(places: torch.Tensor, selector: int, filler: torch.Tensor) -> torch
 
 
 @needs_device
+@needs_sparse_mma
 @pytest.mark.gpu
 @pytest.mark.parametrize("selector", [0, 1])
 def test_metadata_order_of_sparse_mma(selector: int) -> None:

@@ -167,7 +167,8 @@ def test_interpreted(case: Case, machine: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gpu(case: Case) -> None:
-    assert run(case, Target("cuda", DTYPES[case.dtype])) == kernel_for(case, "sm_")
+    architecture = launch.Machine.of("cuda").architecture
+    assert run(case, Target("cuda", DTYPES[case.dtype])) == kernel_for(case, architecture)
 
 
 @pytest.mark.gpu

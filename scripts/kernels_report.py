@@ -19,8 +19,9 @@ os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: these ker
 
 import triton
 from kernel_gate.gate import CACHE, ROOT, Verdict, run
+from kernel_gate.goals import below_goals, dense_seconds, down, predicted, up
 from kernel_gate.machines import MACHINES
-from kernel_gate.model import FIXED, LATENCY, best_prediction, issue_limits
+from kernel_gate.model import FIXED, LATENCY, issue_limits
 from kernel_gate.published import DESIGNS, IDEAL, SPEEDUPS, TOKENS
 from kernel_gate.shapes import SHAPES
 
@@ -41,7 +42,8 @@ def main() -> int:
     began = time.perf_counter()
     variants = import_module(options.variants).variants()
     verdicts = run(variants, options.processes, None if options.no_cache else CACHE)
-    block = "\n".join([*resources(verdicts), *predictions(verdicts), *others(verdicts)])
+    parts = (resources(verdicts), predictions(verdicts), below_goals(verdicts), others(verdicts))
+    block = "\n".join(line for part in parts for line in part)
     print(block)
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(v) for v in verdicts]), encoding="utf-8")
@@ -72,60 +74,39 @@ def resources(verdicts: Sequence[Verdict]) -> list[str]:
             cells[:3] = [str(v.found["registers"]), str(v.found["spills"]), f"{v.found['shared'] / 1024:.1f}"]
         if v.found.get("loop"):
             limits = issue_limits(v.variant, MACHINES[v.target], v.found)
-            cells[3] = f"{sum(v.found['loop'].values()) / v.found['weights_per_thread']:.2f}"
+            cells[3] = up(sum(v.found["loop"].values()) / v.found["weights_per_thread"], 2)
             if v.variant.decode:
                 tightest = min(limits, key=lambda name: limits[name])
-                cells[4:] = [f"{limits['issue']:.1f}", f"{limits[tightest]:.1f} ({tightest})"]
+                cells[4:] = [down(limits["issue"], 1), f"{down(limits[tightest], 1)} ({tightest})"]
         gate = "passes" if not v.broken else "FAILS: " + "; ".join(v.broken).replace("|", "/")
         lines.append(f"| {v.variant.name} | {v.target} | {' | '.join(cells)} | {gate} |")
     return lines
 
 
-def decode_verdicts(verdicts: Sequence[Verdict], target: str, tokens: int) -> list[Verdict]:
-    """Of plain symmetric 4-bit decode with tiles that hold so many tokens, compiled for a target."""
-    return [
-        v
-        for v in verdicts
-        if v.target == target
-        and not any(prefix.startswith("HMMA.SP") for prefix in v.variant.mma.values())
-        and v.found
-        and v.variant.decode
-        and v.variant.constexprs.get("BITS") == 4
-        and v.variant.constexprs.get("GROUP") == 128
-        and not v.variant.constexprs.get("ZEROS")
-        and not v.variant.constexprs.get("SPARSE")
-        and v.variant.constexprs["BM"] >= min(tokens, 8)
-    ]
-
-
 def predictions(verdicts: Sequence[Verdict]) -> list[str]:
-    """Share of copy bandwidth per shape: the best of the compiled 4-bit variants and splits."""
-    lines = ["", "### Predicted decode, 4 bits, groups of 128 (a model, not a measurement)", ""]
+    """Share of copy bandwidth per shape, of the kernel and the splits that are launched for it."""
+    lines = ["", "### Predicted decode, 4 bits, fp16, groups of 128 (a model, not a measurement)", ""]
     lines += [
         "`scripts/kernel_gate/model.py` states the model: "
         f"time = {FIXED * 1e6:.1f} us + max(DRAM bytes / copy bandwidth, L2 bytes / L2 bandwidth, the "
-        "busiest SM's bytes / an SM's rate); that rate is the least of "
-        f"bytes in flight / {LATENCY * 1e9:.0f} ns, the SM's share of the issue limit and 64 bytes a clock. "
-        "Cells: us (share of copy bandwidth; what binds). Copy: 4.3 TB/s was measured on an H200, the others "
-        "are 0.9 of the data sheet. A bound from above: it knows no loss in DRAM.",
+        f"busiest SM's bytes * {LATENCY * 1e9:.0f} ns / bytes in flight (SM loads), its bytes / 64 a clock "
+        "(SM port), its weights / its share of the issue limit (SM issue)). Tile, warps, stages, splits of "
+        "K: those of the launch. Cells: us (share of copy bandwidth; what binds), times rounded up, shares "
+        "down. Copy: 4.3 TB/s was measured on an H200, the others are 0.9 of the data sheet. A bound from "
+        "above: it knows no loss in DRAM.",
         "",
     ]
-    columns = [(target, tokens) for target in PREDICTED for tokens in (1, 16)]
+    columns = [(target, tokens) for target in PREDICTED for tokens in (1, 16, 64)]
     heads = [f"{MACHINES[target].name} M={tokens}" for target, tokens in columns]
     lines += [f"| linear | MB | {' | '.join(heads)} |", "|---|--:|" + "--:|" * len(columns)]
     for name, (outputs, inputs) in SHAPES.items():
         cells = []
         for target, tokens in columns:
-            chosen = decode_verdicts(verdicts, target, tokens)
-            if not chosen:
+            best = predicted(verdicts, target, (outputs, inputs, tokens))
+            if best is None:
                 cells.append("-")
                 continue
-            tried = [
-                best_prediction(v.variant, MACHINES[target], v.found, (outputs, inputs, tokens))
-                for v in chosen
-            ]
-            best, _ = min(tried, key=lambda item: item[0].seconds)
-            cells.append(f"{best.seconds * 1e6:.1f} ({best.share:.0%}; {best.bound})")
+            cells.append(f"{up(best.seconds * 1e6, 1)} ({down(100 * best.share)}%; {best.bound})")
         lines.append(
             f"| {name} {outputs}x{inputs} | {outputs * inputs * 4.125 / 8e6:.1f} | {' | '.join(cells)} |"
         )
@@ -146,17 +127,14 @@ def others(verdicts: Sequence[Verdict]) -> list[str]:
     targets = {"H100": "sm_90", "A100": "sm_80", "RTX 4090": "sm_89"}
     for (gpu, matrix), designs in SPEEDUPS.items():
         for design, values in designs.items():
-            cells = [f"{value:.2f} ({value / IDEAL:.0%})" for value in values]
+            cells = [f"{value:.2f} ({down(100 * value / IDEAL)}%)" for value in values]
             lines.append(f"| {gpu}, {matrix} | {design} (theirs) | {' | '.join(cells)} |")
         target, size = targets[gpu], int(matrix.split("^")[0])
         machine, cells = MACHINES[target], []
         for tokens in TOKENS:
-            tried = [
-                best_prediction(v.variant, machine, v.found, (size, size, tokens))[0].seconds
-                for v in decode_verdicts(verdicts, target, tokens)
-            ]
-            dense = FIXED + 2 * size * size / (machine.copy_tb_s * 1e12)
-            cells.append(f"{dense / min(tried):.2f}" if tried else "-")
+            best = predicted(verdicts, target, (size, size, tokens))
+            dense = dense_seconds(machine, size, size)
+            cells.append("-" if best is None else down(dense / best.seconds, 2))
         lines.append(f"| {machine.name}, {matrix} | ours (model) | {' | '.join(cells)} |")
     lines += [
         "",

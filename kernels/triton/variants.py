@@ -9,6 +9,8 @@ from typing import Any
 from .launch import Launch, Machine, choose
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
+TOKENS = (8, 16, 32, 64, 128)
+NARROW_ROWS = 4096 + 64  # no multiple of 128: tiles of outputs are made narrower to fit
 _MATRIX = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 
 
@@ -55,15 +57,20 @@ class _Kind:
         return "-".join(words)
 
 
-# Instructions per weight in the main loop, at most, by tokens of a tile: what is seen, and a little more.
-_BUDGET = {8: 2.6, 16: 2.6, 32: 3.2, 64: 6.0, 128: 8.0}
+# Instructions per weight in the main loop, at most, by kernel and tokens of a tile: the most seen of any
+# target with 2 to 8 bits in fp16 and one scale per 128, and at most a tenth more. gfx942 has no such count.
+_BUDGET = {
+    "mma": {8: 2.5, 16: 2.5, 32: 2.9, 64: 4.6, 128: 6.3},
+    "tile": {16: 0.0, 64: 3.8, 128: 4.9},
+    "sparse24": {8: 2.0, 16: 2.2, 32: 2.8, 64: 3.7},
+}
 _SOME = ("sm_80", "sm_90", "gfx942")
 
 
 def variants() -> list[Variant]:
     """All of them: 4 bits at every number of tokens; every bits and type; other kinds on some targets."""
     plain = _Kind()
-    found = [v for tokens in _BUDGET for v in _launched(plain, tokens)]
+    found = [v for tokens in TOKENS for v in _launched(plain, tokens)]
     for dtype in ("fp16", "bf16"):
         for bits in (2, 3, 4, 8):
             found += _launched(_Kind(bits, dtype), 8)
@@ -74,26 +81,39 @@ def variants() -> list[Variant]:
     found += _launched(_Kind(4, "fp16", sparse=True), 64, _SOME)
     for kind in (_Kind(4, "bf16", zeros=True), _Kind(3, "fp16", 64, zeros=True)):
         found += _launched(kind, 64, _SOME) + _launched(kind, 128, _SOME)
+    for tokens in (16, 64, 128):
+        found += _launched(_Kind(2), tokens, ("sm_90",)) + _launched(_Kind(8), tokens, ("sm_90",))
+        found += _launched(plain, tokens, ("sm_90",), rows=NARROW_ROWS)
+    for tokens in (64, 128):
+        found += _launched(_Kind(4, "fp16", 32, zeros=True), tokens, ("sm_90",))
     for bits in (4, 16):
         for dtype in ("fp16", "bf16"):
             found += _sparse24(bits, dtype, 8, TARGETS[:5])
     found += _sparse24(4, "fp16", 64, ("sm_80", "sm_90"))
+    for tokens in (16, 32):
+        found += _sparse24(4, "fp16", tokens, ("sm_90",))
+    found += _sparse24(4, "fp16", 8, ("sm_90",), group=32)
     found += _helpers()
     return list({v.name + str(v.targets): v for v in found}.values())
 
 
-def _launched(kind: _Kind, tokens: int, targets: tuple[str, ...] = TARGETS) -> list[Variant]:
-    """The launches of a large weight, targets with the same one together."""
+def _launched(
+    kind: _Kind, tokens: int, targets: tuple[str, ...] = TARGETS, rows: int = 4096
+) -> list[Variant]:
+    """The launches of a weight of ``rows`` outputs, targets with the same one together."""
     by_launch: dict[Launch, list[str]] = {}
     for target in targets:
         sparsity = "overlay" if kind.sparse else None
-        launch = choose(Machine("", target, 100), kind.bits, (4096, 4096), tokens, sparsity)
+        launch = choose(Machine("", target, 100), kind.bits, (rows, 4096), tokens, sparsity)
         by_launch.setdefault(launch, []).append(target)
-    return [_variant(kind, launch, found) for launch, found in by_launch.items()]
+    fitted = f"-n{rows}" if rows != 4096 else ""
+    return [_variant(kind, launch, found, fitted) for launch, found in by_launch.items()]
 
 
-def _sparse24(bits: int, dtype: str, tokens: int, targets: tuple[str, ...]) -> list[Variant]:
-    """The launch of a weight with 2:4 sparsity: 4-bit codes with groups of 128, or halves."""
+def _sparse24(
+    bits: int, dtype: str, tokens: int, targets: tuple[str, ...], group: int = 128
+) -> list[Variant]:
+    """The launch of a weight with 2:4 sparsity: 4-bit codes with groups, or halves."""
     launch = choose(Machine("", targets[0], 100), bits, (4096, 4096), tokens, sparsity="2:4")
     signature = {
         "x": f"*{dtype}", "words": "*i32", "meta": "*i32", "scales": "*fp16", "bias": "*fp32",
@@ -101,12 +121,13 @@ def _sparse24(bits: int, dtype: str, tokens: int, targets: tuple[str, ...]) -> l
         "M": "i32", "N": "i32", "K": "i32", "splits": "i32", "num_bias": "i32",
     }  # fmt: skip
     constants = {
-        "BITS": bits, "GROUP": 128 if bits == 4 else 0, "BM": launch.BM, "BN": launch.BN,
+        "BITS": bits, "GROUP": group if bits == 4 else 0, "BM": launch.BM, "BN": launch.BN,
         "STAGES": launch.stages, "WARPS": launch.warps,
     }  # fmt: skip
     return [
         Variant(
-            name=f"sparse24-m{launch.BM}-{'w4' if bits == 4 else 'half'}-{dtype}",
+            name=f"sparse24-m{launch.BM}-{'w4' if bits == 4 else 'half'}-{dtype}"
+            + (f"-g{group}" if group != 128 else ""),
             kernel="sparse24_linear:sparse24_linear",
             targets=targets,
             signature=signature,
@@ -116,8 +137,8 @@ def _sparse24(bits: int, dtype: str, tokens: int, targets: tuple[str, ...]) -> l
             mma=dict.fromkeys(targets, "HMMA.SP.16832"),
             decode=True,
             weights=launch.BN * 128 / (32 * launch.warps),
-            budget=2.4 if tokens == 8 else 4.0,
-            bits=3 + 16 / 128 if bits == 4 else 9,
+            budget=round(_BUDGET["sparse24"][launch.BM] - 0.7 * (bits == 16) + 0.2 * (128 / group - 1), 2),
+            bits=3 + 16 / group if bits == 4 else 9,
         )
     ]
 
@@ -146,7 +167,7 @@ def _helper(
     return Variant(name, kernel, targets, signature, constants, 4, 3, {}, False, 1, 0, 0)
 
 
-def _variant(kind: _Kind, launch: Launch, targets: list[str]) -> Variant:
+def _variant(kind: _Kind, launch: Launch, targets: list[str], fitted: str) -> Variant:
     constants = {
         "BITS": kind.bits, "GROUP": kind.group, "ZEROS": kind.zeros, "SPARSE": kind.sparse,
         "SCALE_WEIGHTS": launch.scales_weights(kind.group), "BM": launch.BM, "BN": launch.BN,
@@ -163,9 +184,11 @@ def _variant(kind: _Kind, launch: Launch, targets: list[str]) -> Variant:
     per_group = 16 + kind.bits * kind.zeros
     # bf16 has three shifts more in a word, 8-bit bf16 two mantissas; scales and zeros cost by the group.
     extra = 0.3 * (kind.dtype == "bf16") * (2 if kind.bits == 8 else 1)
-    extra += (0.3 + 0.3 * kind.zeros) * (128 / kind.group - 1 if kind.group else 0) + 0.1 * kind.zeros
+    extra += 0.3 * bool(fitted)  # half the weights for the same activations
+    scale, zero = (0.2, 0.15) if gluon else (0.3, 0.3)
+    extra += (scale + zero * kind.zeros) * (128 / kind.group - 1 if kind.group else 0) + 0.1 * kind.zeros
     return Variant(
-        name=f"{launch.kernel}-m{launch.BM}-{kind}",
+        name=f"{launch.kernel}-m{launch.BM}-{kind}{fitted}",
         kernel=f"{launch.kernel}_linear:{launch.kernel}_linear",
         targets=tuple(targets),
         signature=signature,
@@ -175,6 +198,6 @@ def _variant(kind: _Kind, launch: Launch, targets: list[str]) -> Variant:
         mma={target: "HMMA.16816" if gluon else _MATRIX[target] for target in targets},
         decode=launch.BM <= 64,
         weights=launch.BN * 128 / (32 * launch.warps),
-        budget=_BUDGET[launch.BM] + extra,
+        budget=round(_BUDGET[launch.kernel][launch.BM] + extra, 2),
         bits=kind.bits + (per_group / kind.group if kind.group else 0),
     )

@@ -5,12 +5,15 @@ clocks of the busiest pipe (``sass.LANES``, four warp instructions a clock): as 
 
 time of a launch = FIXED + max(DRAM bytes / copy bandwidth, L2 bytes / L2 bandwidth, busiest SM's / its rate)
 DRAM bytes = packed weights, scales, activations and outputs once
-L2 bytes = those, the activations again for every tile of outputs, split sums written and read once
-rate of an SM = min(bytes in flight / LATENCY, its share of the issue limit, 64 bytes a clock from L2)
-bytes in flight = resident blocks * (stages - 1) * bytes of a step's weights; the busiest SM has
-         ceil(blocks / SMs) blocks' weights
+L2 bytes = packed weights for every tile of tokens, activations for every tile of outputs, the outputs,
+         split sums written and read once
+rate of an SM = min(bytes in flight / LATENCY, 64 bytes a clock from L2), and of weights alone its share of
+         the issue limit (the loop that is counted has the copies of activations)
+bytes in flight = resident blocks * (stages - 1) * bytes of a step's weights and activations; the busiest
+         SM has ceil(blocks / SMs) blocks, each with ceil(steps / splits) of the steps
 FIXED = launch within a CUDA graph, first loads, last stores.
 
+Launch (tile, warps, stages) and splits are those that ``launch`` takes for the shape and the tokens.
 It knows no loss in DRAM (row misses, refresh), nor the tail of a wave: read it as a bound from above.
 """
 
@@ -20,6 +23,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nybble.kernels.triton.launch import Launch, choose
+from nybble.kernels.triton.launch import Machine as LaunchMachine
 from nybble.kernels.triton.variants import Variant
 
 from .machines import Machine
@@ -79,30 +84,43 @@ def predict(
     weights = outputs * inputs * variant.bits / 8
     dram = weights + 2 * tokens * (inputs + outputs)
     columns = -(-outputs // variant.constexprs["BN"])
-    blocks = columns * -(-tokens // tile_tokens(variant)) * split_k
+    heights = -(-tokens // tile_tokens(variant))
+    blocks = columns * heights * split_k
     split_sums = 8 * split_k * outputs * tokens if split_k > 1 else 0
-    l2 = dram + 2 * (columns - 1) * tokens * inputs + split_sums
+    l2 = heights * weights + 2 * tokens * (columns * inputs + outputs) + split_sums
     memory = dram / (machine.copy_tb_s * 1e12)
     cache = l2 / (machine.l2_tb_s * 1e12)
     held = min(resident_blocks(variant, machine, found), -(-blocks // machine.sms))
     stages = int(variant.constexprs.get("STAGES", variant.num_stages))
     step_bytes = variant.constexprs["BN"] * STEP * variant.bits / 8
     in_flight = held * max(1, stages - 1) * (step_bytes + 2 * tile_tokens(variant) * STEP)
-    rates = [in_flight / LATENCY, _L2_BYTES_PER_CLOCK * machine.ghz * 1e9]
+    longest = math.ceil(math.ceil(inputs / STEP) / split_k) * STEP / inputs  # a block's share of the steps
+    share = math.ceil(blocks / machine.sms) * longest / (columns * heights)  # of the busiest SM
+    port = _L2_BYTES_PER_CLOCK * machine.ghz * 1e9
+    bounds = {"memory": memory, "L2": cache}
+    bounds |= {"SM loads": share * l2 * LATENCY / in_flight, "SM port": share * l2 / port}
     limits = issue_limits(variant, machine, found)
     if limits:
-        rates.append(min(limits.values()) * 1e12 / machine.sms)
-    busiest = math.ceil(blocks / machine.sms) * l2 / blocks / min(rates)
-    bounds = {"memory": memory, "L2": cache, "SM": busiest}
+        bounds["SM issue"] = share * heights * weights * machine.sms / (min(limits.values()) * 1e12)
     body = max(bounds.values())
     bound = "launch" if body < FIXED else max(bounds, key=lambda name: bounds[name])
     return Prediction(FIXED + body, memory / (FIXED + body), blocks, bound)
 
 
-def best_prediction(
-    variant: Variant, machine: Machine, found: Mapping[str, Any], shape: tuple[int, int, int]
-) -> tuple[Prediction, int]:
-    """Over the splits of K; and which."""
-    splits = [s for s in (1, 2, 4, 8, 16) if shape[1] // STEP >= 2 * s or s == 1]
-    found_all = [(predict(variant, machine, found, shape, s), s) for s in splits]
-    return min(found_all, key=lambda item: item[0].seconds)
+def launch_of(
+    machine: Machine, bits: int, shape: tuple[int, int, int], sparsity: str | None = None
+) -> tuple[Launch, int]:
+    """What is launched for outputs, inputs and tokens, and into how many parts K is split."""
+    outputs, inputs, tokens = shape
+    gpu = LaunchMachine("", machine.target, machine.sms)
+    launch = choose(gpu, bits, (outputs, inputs), tokens, sparsity)
+    tiles = -(-outputs // launch.BN) * -(-tokens // launch.BM)
+    return launch, launch.splits(gpu, tiles, -(-inputs // STEP))
+
+
+def is_launched(variant: Variant, launch: Launch) -> bool:
+    """Whether it was compiled with the launch's kernel and constants."""
+    kernel = variant.kernel.rpartition(":")[2].removesuffix("_linear")
+    constants = (variant.constexprs.get("BM"), variant.constexprs.get("BN"))
+    constants += (variant.num_warps, variant.num_stages)
+    return (kernel, *constants) == (launch.kernel, launch.BM, launch.BN, launch.warps, launch.stages)

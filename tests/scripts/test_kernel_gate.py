@@ -70,7 +70,7 @@ def test_issue_limits() -> None:
 
 def test_predictions() -> None:
     from kernel_gate.machines import MACHINES
-    from kernel_gate.model import FIXED, best_prediction, predict, resident_blocks
+    from kernel_gate.model import FIXED, predict, resident_blocks
 
     machine = MACHINES["sm_90"]
     assert resident_blocks(VARIANT, machine, found()) == 233472 // (24576 + 1024)
@@ -81,9 +81,9 @@ def test_predictions() -> None:
     assert large.share == pytest.approx(memory / large.seconds)
     # One block on each of 32 SMs cannot draw the bandwidth of 132; splitting K helps.
     narrow = predict(VARIANT, machine, found(), (2048, 8192, 1), 1)
-    split, splits = best_prediction(VARIANT, machine, found(), (2048, 8192, 1))
-    assert narrow.bound == "SM"
-    assert splits > 1
+    split = predict(VARIANT, machine, found(), (2048, 8192, 1), 16)
+    assert narrow.bound == "SM loads"
+    assert split.blocks == 16 * narrow.blocks
     assert split.seconds < narrow.seconds
     # A tile of more outputs reads the activations less often.
     tall = replace(VARIANT, constexprs={"BM": 16, "BN": 64, "STAGES": 4})
@@ -91,6 +91,61 @@ def test_predictions() -> None:
     by_width = [predict(v, machine, found(), (16384, 16384, 16), 4).seconds for v in (tall, wide)]
     assert by_width[1] < by_width[0]
     assert all(math.isfinite(seconds) for seconds in by_width)
+    # With 9 tiles of 8 tokens L2 gives the weights 9 times, and activations once for each of 64 tiles.
+    many = predict(VARIANT, machine, found(), (4096, 4096, 72), 1)
+    l2 = 9 * 4096 * 4096 * 4.125 / 8 + 2 * 72 * (64 * 4096 + 4096)
+    assert many.seconds >= FIXED + l2 / 5.7e12
+    # 33 steps in 16 parts: the longest has 3, not 33 / 16.
+    uneven = predict(VARIANT, machine, found(), (64 * 132, 33 * 128, 1), 16)
+    even = predict(VARIANT, machine, found(), (64 * 132, 33 * 128, 1), 11)
+    assert uneven.blocks // 132 * 3 > even.blocks // 132 * 3
+    assert uneven.seconds >= even.seconds
+
+
+def test_predictions_are_of_what_is_launched() -> None:
+    """Of a narrower tile's kernel nothing is predicted, however good it looks."""
+    from kernel_gate.gate import Verdict
+    from kernel_gate.goals import predicted
+    from kernel_gate.machines import MACHINES
+    from kernel_gate.model import is_launched, launch_of, predict
+    from nybble.kernels.triton.variants import TARGETS, variants
+
+    verdicts = [Verdict(v, t, found(), [], 0.0) for v in variants() if v.decode for t in v.targets]
+    for target in TARGETS:
+        for tokens in (1, 8, 9, 16, 17, 32, 33, 64):
+            shape = (16384, 16384, tokens)
+            launch, splits = launch_of(MACHINES[target], 4, shape)
+            one = [v for v in verdicts if v.target == target and is_launched(v.variant, launch)]
+            assert one
+            assert tokens <= launch.BM
+            assert {v.variant.constexprs["BM"] for v in one} == {launch.BM}
+            expected = predict(one[0].variant, MACHINES[target], found(), shape, splits)
+            assert predicted(verdicts, target, shape) == expected
+    only_narrow = [v for v in verdicts if v.variant.constexprs["BM"] == 8]
+    assert predicted(only_narrow, "sm_90", (16384, 16384, 64)) is None
+    assert predicted(only_narrow, "sm_90", (16384, 16384, 8)) is not None
+
+
+def test_figures_are_never_better_than_computed() -> None:
+    from kernel_gate.goals import down, up
+
+    assert (down(3.299, 2), down(3.3, 2), down(79.99)) == ("3.29", "3.30", "79")
+    assert (up(2.701, 2), up(2.7, 2), up(18.41, 1)) == ("2.71", "2.70", "18.5")
+
+
+def test_what_is_below_its_goal_is_listed() -> None:
+    from kernel_gate.gate import Verdict
+    from kernel_gate.goals import below_goals
+    from nybble.kernels.triton.variants import variants
+
+    def listed(**given: Any) -> str:
+        made = [v for v in variants() if v.decode and "sm_90" in v.targets]
+        return "\n".join(below_goals([Verdict(v, "sm_90", found(**given), [], 0.0) for v in made]))
+
+    slow = listed(loop={"LOP3.LUT": 5000})
+    assert "| 16384^2 16384x16384 | 1 | " in slow
+    assert "3.30x (goal) | SM issue" in slow
+    assert "3.30x (goal) | SM issue" not in listed()
 
 
 def test_rules_on_counts() -> None:
@@ -114,6 +169,14 @@ def test_rules_on_counts() -> None:
     assert "narrow copies" in broken(LDGSTS_E_LTC128B_64=1)
     assert broken(bits=3, LDGSTS_E_LTC128B_64=1) == ""
     assert "the budget is 3.0" in broken(IMAD=300)
+    # Scales of parts of a step may be narrow, by 4 bytes, a byte for 8 weights at most: of 64, two copies.
+    variant = replace(variant, constexprs=variant.constexprs | {"GROUP": 32})
+    assert broken(LDGSTS_E=2) == ""
+    assert "narrow copies" in broken(LDGSTS_E=3)
+    assert "narrow copies" in broken(LDGSTS_E_64=1)
+    for group in (0, 128):
+        variant = replace(variant, constexprs=variant.constexprs | {"GROUP": group})
+        assert "narrow copies" in broken(LDGSTS_E=2)
 
 
 TTGIR = """

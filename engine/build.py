@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.cpu.contention import waits_are_counted
 from ..kernels.dispatch import Ops, Target
 from ..kernels.layout import PackedWeight, QuantSpec
 from ..kernels.triton.linear import keep_compiled, warm
@@ -119,6 +120,8 @@ def _tape_module(loaded: LoadedModel, config: EngineConfig, progress: Progress) 
     kernels = [layer.kernel for layer in loaded.report.layers]
     reason = tape_refusal(kernels, config.block_size, loaded.config.head_dim)
     if reason is None:
+        if torch.get_num_threads() > 1 and not waits_are_counted():
+            progress("kv cache", 0, 1, "no schedstat: threads stay on beside foreign busy processes")
         return import_module(".tape_model", __package__)
     progress("kv cache", 0, 1, f"steps run op by op, not as a tape: {reason}")
     return None

@@ -12,6 +12,14 @@ CONTENDED = (
 LEAST_PENALTY, MOST_PENALTY = 0.25, 4.0  # seconds on one thread; doubled when it happens again
 
 
+def waits_are_counted(proc: Path = Path("/proc/self")) -> bool:
+    """Whether schedstat is there and counts: without CONFIG_SCHED_INFO it is missing, or all zeros."""
+    try:
+        return int((proc / "schedstat").read_text().split()[0]) > 0
+    except (OSError, IndexError, ValueError):
+        return False
+
+
 class Contention:
     """Decides when a caller with ``workers`` (native thread ids) had better run alone.
 
@@ -19,6 +27,8 @@ class Contention:
     The kernel counts how long a thread was ready but not run (proc(5), schedstat); where that is a good
     part of the time of the runs, they are to go on one thread, and try all again after a while. How often
     or how long threads sleep at barriers does not tell: unequal shares and short serial calls look the same.
+
+    Where the kernel does not count (``waits_are_counted``), runs never go on one thread.
     """
 
     def __init__(self, workers: Sequence[int], proc: Path = Path("/proc/self/task")) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from nybble.engine import build as build_module
 from nybble.engine.build import build_engine
 from nybble.engine.config import EngineConfig
 from nybble.engine.errors import CheckpointError, ConfigError
@@ -15,7 +16,7 @@ from ..helpers.checkpoints import dense_tensors, write_checkpoint
 
 
 def build(folder: Path, progress: Any = lambda *_: None, **options: Any) -> Any:
-    return build_engine(EngineConfig(str(folder), "cpu", num_threads=1, **options), progress)
+    return build_engine(EngineConfig(str(folder), "cpu", **{"num_threads": 1, **options}), progress)
 
 
 def generate(engine: Any, length: int) -> list[int]:
@@ -46,6 +47,20 @@ def test_an_engine_that_answers_and_knows_what_it_is(tmp_path: Path) -> None:
     assert torch.get_num_threads() == 1
     _, halves = build(folder)
     assert (halves.dtype, halves.bits) == ("float16", 16)
+
+
+@pytest.mark.parametrize(("num_threads", "counted"), [(2, False), (2, True), (1, False)])
+def test_a_kernel_that_does_not_count_waits_is_told(
+    num_threads: int, counted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only where threads could fall back to one: as a tape, with several."""
+    monkeypatch.setattr(build_module, "waits_are_counted", lambda: counted)
+    monkeypatch.setattr(build_module, "tape_refusal", lambda *_: None)
+    monkeypatch.setattr(build_module, "import_module", lambda *_: None)
+    lines: list[str] = []
+    folder = write_checkpoint(tmp_path, dense_tensors(torch.bfloat16))
+    build(folder, lambda *call: lines.append(call[3]), num_threads=num_threads)
+    assert any("schedstat" in line for line in lines) == (num_threads > 1 and not counted)
 
 
 def test_the_warm_up_leaves_no_trace(tmp_path: Path) -> None:

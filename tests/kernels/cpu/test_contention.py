@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from nybble.kernels.cpu.contention import LEAST_PENALTY, WINDOW, Contention
+from nybble.kernels.cpu.contention import LEAST_PENALTY, WINDOW, Contention, waits_are_counted
 
 
 @pytest.fixture
@@ -58,3 +58,10 @@ def test_a_kernel_that_does_not_count(tmp_path: Path) -> None:
     contention = Contention([7], tmp_path / "nothing")
     runs(contention, 10 * WINDOW)
     assert not contention.alone(time.monotonic())
+
+
+@pytest.mark.parametrize(("content", "counted"), [("123456 0 99\n", True), ("0 0 0\n", False), (None, False)])
+def test_whether_waits_are_counted(content: str | None, counted: bool, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "schedstat").write_text(content)
+    assert waits_are_counted(tmp_path) == counted

@@ -84,7 +84,7 @@ def test_options_exist(environment: dict[str, str]) -> None:
         subprocess.run(
             ["nybble", c, "--help"], env=environment, capture_output=True, text=True, check=True
         ).stdout
-        for c in ("serve", "check", "quantize", "eval")
+        for c in ("serve", "check", "quantize", "eval", "tune")
     )
     known = set(re.findall(r"--[a-z][a-z-]+", helps)) | {"--version"}
     documents = README + "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))

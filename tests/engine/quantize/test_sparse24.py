@@ -158,7 +158,7 @@ def test_a_checkpoint_says_what_it_is(bits: int, make_model: Any, tmp_path: Path
     assert len(summary["modules"]) == 21
     files = ModelFiles(tmp_path / "out")
     stored = format_of(files)
-    assert stored.sparsity == ("2:4" if bits == 4 else None)  # floats are stored as what they are
+    assert stored.sparsity == "2:4"
     with open_tensors(files, stored) as tensors:
         for module in (entry["name"] for entry in summary["modules"]):
             weight = stored.read({n: tensors.get(n) for n in tensors if n.startswith(f"{module}.")}, module)

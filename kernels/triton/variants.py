@@ -83,7 +83,7 @@ def variants() -> list[Variant]:
         found += _launched(kind, 64, _SOME) + _launched(kind, 128, _SOME)
     for tokens in (16, 64, 128):
         found += _launched(_Kind(2), tokens, ("sm_90",)) + _launched(_Kind(8), tokens, ("sm_90",))
-        found += _launched(plain, tokens, ("sm_90",), rows=NARROW_ROWS)
+    found += _launched(plain, 64, ("sm_90",), rows=NARROW_ROWS)
     for tokens in (64, 128):
         found += _launched(_Kind(4, "fp16", 32, zeros=True), tokens, ("sm_90",))
     for bits in (4, 16):

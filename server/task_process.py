@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 from ..engine.client import child_environment
@@ -73,7 +73,8 @@ async def task_process(
     task = TaskProcess(process)
     try:
         stdin = _pipe(process.stdin)
-        stdin.write(json.dumps(options).encode())
+        with suppress(RuntimeError, ConnectionError):  # uvloop's and asyncio's words for a child that is gone
+            stdin.write(json.dumps(options).encode())
         stdin.close()  # a child that died at once says so by its exit code
         yield task
     finally:

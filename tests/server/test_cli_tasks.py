@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,10 @@ def test_an_interrupt_ends_the_child(folder: Path, tmp_path: Path, child_environ
         str(tmp_path / "out"),
     ]
     command += ["--group-size", "32", "--num-samples", "1000000", "--calibration", str(text)]
-    with subprocess.Popen(command, env=child_environment, stderr=subprocess.PIPE, text=True) as parent:
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    with subprocess.Popen(
+        command, env=child_environment, stderr=subprocess.PIPE, text=True, preexec_fn=listening
+    ) as parent:
         until(lambda: any(path.name.endswith(".partial") for path in tmp_path.iterdir()), 60)
         os.kill(parent.pid, signal.SIGINT)
         parent.communicate(timeout=60)

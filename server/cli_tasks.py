@@ -3,7 +3,6 @@
 import inspect
 import json
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -17,8 +16,8 @@ from ..engine.errors import ConfigError
 from .cli_quantize import Model, Quantize, Revision, Threads
 from .cli_tune import Tune, describe
 from .settings import parse_size
+from .task_process import STOP_SECONDS, task_command
 
-STOP_SECONDS = 15.0  # what an interrupted task may take to remove its files
 WORST_MODULES = 12  # rows of the table of errors
 GIVE_UP = 1  # exit code where the task failed through no fault of the user
 
@@ -235,12 +234,10 @@ def run_task(name: str, options: Json) -> Json:
     Raises ConfigError for a user's error; exits with 1 where the task failed otherwise. An interrupt ends
     the child first.
     """
-    # -P: the working directory's files must not shadow packages.
-    command = [sys.executable, "-P", "-m", "nybble.engine.tasks", name]
     environment = child_environment(options.get("num_threads"))
     with (
         subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            task_command(name), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         ) as child,
         _ended(child),
         _progress() as show,

@@ -17,6 +17,12 @@ Json = dict[str, Any]
 T = TypeVar("T")
 
 
+def task_command(name: str) -> list[str]:
+    """What starts the task ``name``."""
+    # -P: the working directory's files must not shadow packages.
+    return [sys.executable, "-P", "-m", "nybble.engine.tasks", name]
+
+
 class TaskProcess:
     """A running task. Iterate over it once: its events; the last is a result or an error.
 
@@ -34,11 +40,6 @@ class TaskProcess:
             yield content
         if event not in ("result", "error"):
             yield {"event": "error", "code": "killed", "message": _ending(await self._process.wait())}
-
-    @property
-    def pid(self) -> int:
-        """Its process."""
-        return self._process.pid
 
     async def stop(self) -> None:
         """Interrupt it and wait; by force after STOP_SECONDS."""
@@ -62,9 +63,9 @@ async def task_process(
     limits = ["--nice", str(nice), "--parent", str(os.getpid())]
     if memory_limit is not None:
         limits += ["--memory-limit", str(memory_limit)]
-    # -P: the working directory's files must not shadow packages.
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", "nybble.engine.tasks", name, *limits),
+        *task_command(name),
+        *limits,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         env=child_environment(options.get("num_threads")),

@@ -22,8 +22,7 @@ from .l16 import GROUP_BYTES
 
 AVX2, VNNI = 0, 1
 # Ahead of the read: the hardware's own prefetcher stops at 4 KiB pages. Measured at one token, 2048 is 8 %
-# (int4) to 20 % (int2, 2:4) slower and 12288 no faster. Keeping out of the outer caches what one token reads
-# once is another 1 to 9 % (Zen 4).
+# (int4) to 20 % (int2, 2:4) slower and 12288 no faster (Zen 4; on Granite Rapids all three are alike).
 PREFETCH_BYTES = 6144
 
 

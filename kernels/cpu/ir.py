@@ -4,8 +4,9 @@ Addresses are 64-bit integers, so that kernels take plain pointers and can be ca
 without the interpreter lock.
 """
 
+from llvmlite import binding as llvm
 from llvmlite import ir
-from numba.core import cgutils
+from numba.core import cgutils, config
 
 I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 F16, F32 = ir.HalfType(), ir.FloatType()
@@ -25,6 +26,13 @@ class _BFloat(ir.Type):  # type: ignore[misc]
 
 
 BF16 = _BFloat()
+
+
+def _passes_by_outer_caches() -> bool:
+    """Whether ``prefetchnta`` is for code that runs here: int4 at one token is 1 to 9 % faster with it on
+    Zen 4, and takes 1.9 times as long on Granite Rapids.
+    """
+    return (config.CPU_NAME or llvm.get_host_cpu_name()).startswith("znver")
 
 
 class Emitter:
@@ -79,7 +87,8 @@ class Emitter:
     def prefetch(self, address: ir.Value, keep: bool = True) -> None:
         """Ask for the cache line at an address, to read; not ``keep``: once, past the outer caches."""
         pointer = self.builder.inttoptr(address, ir.PointerType(I8))
-        self.call("llvm.prefetch.p0", ir.VoidType(), [pointer, I32(0), I32(3 if keep else 0), I32(1)])
+        locality = 3 if keep or not _passes_by_outer_caches() else 0
+        self.call("llvm.prefetch.p0", ir.VoidType(), [pointer, I32(0), I32(locality), I32(1)])
 
     def shifted_bytes(self, vector: ir.Value, bits: int) -> ir.Value:
         """Bytes shifted right by ``bits`` (left if negative); bits from the neighbour byte come in, so mask.

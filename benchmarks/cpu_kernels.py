@@ -2,9 +2,9 @@
 
 Per kernel, bit width, number of tokens and threads: time of one linear with its activations' quantization,
 GB/s of packed weights and GOP/s, next to the read bandwidth and the int8 peak of loops of the same
-instructions. Below 8 tokens weights rotate over at least 128 MiB, so that none is in a cache. All variants of
-a cell (the plain linear, with 0.5 % of outliers, 2:4) and its limits run in turn, round after round: medians,
-or with --best the fastest round of each, limits too.
+instructions. Below 8 tokens weights rotate over 128 MiB or 1.5 times the last cache, so that none is in one.
+All variants of a cell (the plain linear, with 0.5 % of outliers, 2:4) and its limits run in turn, round after
+round: medians, or with --best the fastest round of each, limits too.
 Writes benchmarks/results/cpu-kernels-ISA-CPU.json, and a PNG with matplotlib.
 
 AVX2 as a CPU without AVX-512 compiles it (16 registers): NUMBA_CPU_NAME=znver3 NUMBA_CPU_FEATURES=+avx,+avx2,
@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,9 @@ from nybble.kernels.cpu.weights import LowBitWeight, pack_low_bit
 from nybble.kernels.dispatch import Target
 from nybble.kernels.layout import PackedWeight, QuantSpec, SparseOverlay
 
-ROTATED_BYTES = 128 << 20
+_LAST_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")  # as in "32768K"
+_LAST_CACHE_BYTES = int(_LAST_CACHE.read_text().rstrip("K\n")) << 10 if _LAST_CACHE.exists() else 0
+ROTATED_BYTES = max(128 << 20, _LAST_CACHE_BYTES * 3 // 2)
 OUTLIERS = 0.005
 _CHAINS = 12  # independent sums: enough to hide an instruction's latency
 

@@ -105,6 +105,7 @@ class CheckpointWriter:
     def __enter__(self) -> Self:
         with self._writing():
             remove_leftovers(self.out)
+            _refuse_existing(self.out, self._overwrite)  # again: the old one may be back
             self._folder.mkdir(parents=True)
         return self
 
@@ -183,7 +184,12 @@ class CheckpointWriter:
             old = self._folder.with_suffix(".old")
             if self.out.exists():
                 self.out.rename(old)
-            self._folder.rename(self.out)
+            try:
+                self._folder.rename(self.out)
+            except OSError:
+                if old.exists():
+                    old.rename(self.out)
+                raise
             shutil.rmtree(old, ignore_errors=True)
 
     def _name_shards(self) -> list[str]:
@@ -198,10 +204,18 @@ class CheckpointWriter:
 
 
 def remove_leftovers(out: Path) -> None:
-    """Hidden folders that processes which are no more left beside ``out``: they were killed."""
+    """Hidden folders that processes which are no more left beside ``out``: they were killed.
+
+    One with this process's number is not its own, which is yet to be made: in a container numbers come again.
+    The old checkpoint of one that was killed while it took its place is put back.
+    """
     for path in out.parent.glob(f".{glob.escape(out.name)}.*"):
-        match = re.fullmatch(r"\.(\d+)\.(partial|work)", path.name[len(out.name) + 1 :])
-        if match is not None and not Path("/proc", match[1]).exists():
+        match = re.fullmatch(r"\.(\d+)\.(partial|work|old)", path.name[len(out.name) + 1 :])
+        if match is None or (int(match[1]) != os.getpid() and Path("/proc", match[1]).exists()):
+            continue
+        if match[2] == "old" and not (out.is_dir() and any(out.iterdir())):
+            path.rename(out)
+        else:
             shutil.rmtree(path, ignore_errors=True)
 
 

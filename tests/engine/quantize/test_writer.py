@@ -1,6 +1,7 @@
 """The streaming writer against the safetensors library."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -113,4 +114,52 @@ def test_a_folder_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="not empty"):
             target.commit()
     assert [path.name for path in out.iterdir()] == ["mine"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_process_of_the_same_number_left_is_in_no_way(tmp_path: Path) -> None:
+    """In a container that is started again numbers are the same."""
+    for kind in ("partial", "work"):
+        (tmp_path / f".out.{os.getpid()}.{kind}").mkdir()
+        (tmp_path / f".out.{os.getpid()}.{kind}" / "part-0").write_text("half")
+    write_one(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def write_one(out: Path, overwrite: bool = False) -> None:
+    with CheckpointWriter(out, ["a"], overwrite) as target:
+        target.add("a", torch.zeros(5))
+        target.commit()
+
+
+def test_a_swap_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, rename = tmp_path / "out", Path.rename
+    out.mkdir()
+    (out / "mine").touch()
+
+    def failing(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    monkeypatch.setattr(CheckpointWriter, "_name_shards", lambda self: ["model.safetensors"])
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_one(out, overwrite=True)
+    assert [path.name for path in out.iterdir()] == ["mine"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_killed_in_the_middle_of_the_swap(done: bool, tmp_path: Path) -> None:
+    """Between two renames the old one has no name: it gets it back, unless the new one is there."""
+    out, old = tmp_path / "out", tmp_path / ".out.99999999.old"  # above any process's number
+    for folder in (old, *([out] if done else [])):
+        folder.mkdir()
+        (folder / f"of {folder.name}").touch()
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        write_one(out)
+    if not done:
+        assert [path.name for path in out.iterdir()] == [f"of {old.name}"]
+    write_one(out, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -36,16 +36,19 @@ class Switch:
             report = await self._check(settings, folder)
             before = next((model for model in self._fleet.models.all() if model.name == alias), None)
             needed, free = report["weight_bytes"] + report["kv_bytes_one_request"], report["free_bytes"]
-            if strategy == "both" and needed > free:
+            ended = before if strategy == "replace" else None
+            if ended is None and needed > free:
+                remedy = "unload another model"
+                if before is not None:
+                    remedy = f'use "strategy": "replace", which ends the old model first, or {remedy}'
                 raise ConflictError(
-                    f"'{alias}' needs {needed} bytes beside what is served, {free} are free; use "
-                    '"strategy": "replace", which ends the old model first, or unload another',
+                    f"'{alias}' needs {needed} bytes beside what is served, {free} are free; {remedy}",
                     param="strategy",
                 )
-            if strategy == "replace" and before is not None:
-                model = await self._replace(settings, folder, before)
-            else:
+            if ended is None:
                 model = await self._beside(settings, folder, alias)
+            else:
+                model = await self._replace(settings, folder, ended)
             return {**model.card(), "load_seconds": round(time.monotonic() - started, 3)}
 
     async def unload(self, name: str) -> None:

@@ -128,13 +128,27 @@ def test_refusals_change_nothing(server: LiveServer, path: str, body: Any, statu
     assert complete(server, "demo").status_code == 200
 
 
-async def test_what_does_not_fit_beside_is_a_conflict() -> None:
-    class Crowded(Switch):
-        async def _check(self, settings: Any, folder: Path) -> dict[str, Any]:
-            return {"weight_bytes": 6 << 30, "kv_bytes_one_request": 1 << 30, "free_bytes": 5 << 30}
+class Crowded(Switch):
+    """Where a model needs 7 GiB and 5 are free."""
 
+    async def _check(self, settings: Any, folder: Path) -> dict[str, Any]:
+        return {"weight_bytes": 6 << 30, "kv_bytes_one_request": 1 << 30, "free_bytes": 5 << 30}
+
+
+@pytest.mark.parametrize(
+    ("alias", "strategy", "remedy"),
+    [
+        ("demo", "both", 'are free; use "strategy": "replace", which ends'),
+        ("new", "both", "are free; unload another model"),
+        ("new", "replace", "are free; unload another model"),  # there is nothing that would end
+    ],
+)
+async def test_what_does_not_fit_beside_is_a_conflict(alias: str, strategy: Any, remedy: str) -> None:
     settings = load_settings({})
     fleet = Fleet(settings, Metrics("demo"))
-    with pytest.raises(ConflictError, match='"strategy": "replace"'):
-        await Crowded(settings, fleet).load(DEMO, "demo", "both")
-    assert fleet.models.all() == []
+    served = fleet.prepare(settings, DEMO, "demo")  # its engine is never started
+    fleet.serve(served)
+    with pytest.raises(ConflictError) as refused:
+        await Crowded(settings, fleet).load(DEMO, alias, strategy)
+    assert remedy in refused.value.message
+    assert fleet.models.all() == [served]

@@ -107,7 +107,7 @@ class Admin:
         service = self._service
         body = LoadBody.model_validate(await self._fields(request))
         folder = service.model_folder(body.model)
-        if (reason := service.refused_by_gate(body.model)) is not None:
+        if (reason := service.refused_by_gate(folder.resolve())) is not None:
             raise ConflictError(f"'model' {body.model}: {reason}", param="model")
         return json_response(await self._switch.load(folder, body.alias, body.strategy))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import shutil
 import time
 from collections.abc import AsyncIterator
@@ -74,12 +75,12 @@ class Jobs:
             raise NotFoundError(f"no quantization job '{job_id:.60}'; GET /v1/quantizations lists them")
         return job
 
-    async def submit(self, request: Json) -> JobRecord:
+    async def submit(self, request: Json, num_layers: int | None = None) -> JobRecord:
         """Queue a job. Errors: ConflictError where another one makes the same output, EngineError."""
-        for other in self._jobs.values():
-            if not other.ended and other.request["output"] == request["output"]:
-                raise ConflictError(f"'output' {request['output']}: job {other.id} makes it", param="output")
+        if (maker := self._maker(request["output"])) is not None:
+            raise ConflictError(f"'output' {request['output']}: job {maker.id} makes it", param="output")
         job = JobRecord(f"quant-{uuid4().hex}", int(time.time()), request)
+        job.progress["num_layers"] = num_layers
         self._jobs[job.id] = job  # at once: a second request of the same output must find it
         try:
             await self._write(self._store.add, job)
@@ -94,14 +95,18 @@ class Jobs:
         job = self.get(job_id)
         if job.ended:
             raise ConflictError(f"job {job.id} has ended: {job.status}")
-        if self._running is None or self._running[0] is not job:
+        self._cancelling.add(job.id)  # from here on it does not begin, nor begin again
+        if job.status == "queued":
             await self._end(job, "cancelled")
+            self._cancelling.discard(job.id)
             return job
-        self._cancelling.add(job.id)
-        await self._running[1].stop()
+        if self._running is not None and self._running[0] is job:
+            await self._running[1].stop()
         async with asyncio.timeout(_CANCEL_SECONDS):
             async for _ in self.watch(job):
                 pass
+        if job.status != "cancelled":
+            raise ConflictError(f"job {job.id} has ended meanwhile: {job.status}")
         return job
 
     async def remove(self, job_id: str) -> JobRecord:
@@ -110,9 +115,16 @@ class Jobs:
         if not job.ended:
             raise ConflictError(f"job {job.id} is {job.status}; cancel it first")
         await self._write(self._store.remove, job)
-        await asyncio.to_thread(_discard_blocks, job)
         del self._jobs[job.id]
+        if self._maker(job.request["output"]) is None:  # else the blocks are that job's
+            aside = _set_aside(job)  # before another job of the same output can begin
+            await asyncio.to_thread(shutil.rmtree, aside, ignore_errors=True)
         return job
+
+    def _maker(self, output: str) -> JobRecord | None:
+        """The job that has not ended and makes ``output``."""
+        found = (j for j in self._jobs.values() if not j.ended and j.request["output"] == output)
+        return next(found, None)
 
     async def watch(self, job: JobRecord) -> AsyncIterator[None]:
         """An item at once and after each change, the last when the job has ended."""
@@ -141,7 +153,7 @@ class Jobs:
 
     async def _end(self, job: JobRecord, status: Status, error: Json | None = None) -> None:
         if status == "cancelled":
-            await asyncio.to_thread(_discard_blocks, job)
+            await asyncio.to_thread(shutil.rmtree, _blocks(job), ignore_errors=True)
         job.status, job.error, job.finished_at = status, error, int(time.time())
         logger.info("job %s (%s): %s%s", job.id, job.request["output"], status, _reason(error))
         await self._save(job)
@@ -149,7 +161,10 @@ class Jobs:
     async def _run(self) -> None:
         while True:
             changed = self._changed
-            job = next((job for job in self._jobs.values() if job.status == "queued"), None)
+            waiting = (
+                j for j in self._jobs.values() if j.status == "queued" and j.id not in self._cancelling
+            )
+            job = next(waiting, None)
             if job is None:
                 await changed.wait()
                 continue
@@ -168,13 +183,12 @@ class Jobs:
             if last.get("code") != "killed" or self._closing or job.id in self._cancelling:
                 break
             logger.warning("job %s: %s (attempt %d of %d)", job.id, last["message"], attempt, _ATTEMPTS)
-        if job.id in self._cancelling:
-            self._cancelling.discard(job.id)
-            await self._end(job, "cancelled")
-        elif last["event"] == "result":
+        if last["event"] == "result":  # also where it was to be cancelled: the checkpoint is there
             job.result = _result(last, job.request.get("gate"))
             job.progress["eta_seconds"] = 0
             await self._end(job, "succeeded")
+        elif job.id in self._cancelling:
+            await self._end(job, "cancelled")
         elif self._closing:
             job.status = "queued"
             await self._save(job)
@@ -185,6 +199,7 @@ class Jobs:
                 "layer": last.get("layer"),
             }
             await self._end(job, "failed", error)
+        self._cancelling.discard(job.id)
 
     async def _attempt(self, job: JobRecord) -> Json:
         """One process, which goes on where the last one ended; its last event."""
@@ -246,7 +261,16 @@ def _reason(error: Json | None) -> str:
     return "" if error is None else f": {error['message']}"
 
 
-def _discard_blocks(job: JobRecord) -> None:
-    """What an unfinished run left: ``engine.quantize.scratch`` names the folder."""
+def _blocks(job: JobRecord) -> Path:
+    """What an unfinished run leaves: ``engine.quantize.scratch`` names the folder."""
     out = Path(job.request["options"]["out"])
-    shutil.rmtree(out.parent / f".{out.name}.work", ignore_errors=True)
+    return out.parent / f".{out.name}.work"
+
+
+def _set_aside(job: JobRecord) -> Path:
+    """Where its blocks are then, which is as good as removed: ``remove_leftovers`` knows the name."""
+    blocks = _blocks(job)
+    aside = blocks.with_name(f"{blocks.name.removesuffix('.work')}.{os.getpid()}.work")
+    with suppress(FileNotFoundError):
+        blocks.rename(aside)
+    return aside

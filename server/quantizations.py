@@ -122,25 +122,23 @@ class Quantizations:
             "gate": None if body.gate is None else body.gate.model_dump(),
             "options": {**given, "model": str(model), "out": str(out), **texts},
         }
-        job = await self.jobs.submit(request)
-        job.progress["num_layers"] = layers
-        return job
+        return await self.jobs.submit(request, layers)
 
     def model_folder(self, name: str) -> Path:
         """Of a served name, or a folder under --models-dir. Errors: RequestError, NotFoundError."""
         if (known := self._fleet.folders.get(name)) is not None:
             return known
         folder = _inside(self._models_dir, name, "model", "--models-dir")
-        if not (folder / "config.json").is_file():
+        if not _is_file(folder / "config.json"):
             raise NotFoundError(
                 f"'model' {name:.200}: neither served nor a model under --models-dir", param="model"
             )
         return folder
 
-    def refused_by_gate(self, name: str) -> str | None:
-        """Why the checkpoint of that name must not be served, or None."""
+    def refused_by_gate(self, folder: Path) -> str | None:
+        """Why the checkpoint in ``folder`` must not be served, or None. A folder has many spellings."""
         for job in reversed(self.jobs.all()):
-            if job.request["output"] == name and job.status == "succeeded":
+            if Path(job.request["options"]["out"]).resolve() == folder and job.status == "succeeded":
                 gate = (job.result or {}).get("gate")
                 if gate is None or gate["passed"]:
                     return None
@@ -175,7 +173,7 @@ class Quantizations:
         if self._data_dir is None:
             raise RequestError(f"'{param}' {source:.200}: the server has no --data-dir", param=param)
         path = _inside(self._data_dir, source, param, "--data-dir")
-        if not path.is_file():
+        if not _is_file(path):
             raise NotFoundError(f"'{param}' {source:.200}: no file under --data-dir", param=param)
         return str(path)
 
@@ -190,6 +188,14 @@ def _inside(root: Path, name: str, param: str, option: str) -> Path:
     if hidden or root.resolve() not in path.parents:
         raise RequestError(f"'{param}' {name:.200}: must lie under {option}", param=param)
     return path
+
+
+def _is_file(path: Path) -> bool:
+    """Also where a name is longer than the system's, which ``Path.is_file`` raises for."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _shown_source(source: "str | Texts") -> Any:

@@ -119,9 +119,10 @@ def test_the_gate(server: GatewayServer, models_dir: Path) -> None:
     report = json.loads((models_dir / "coarse" / "quality.json").read_text())
     assert rise == report["nll_increase"] == report["model"]["nll"] - report["original"]["nll"] > 0
     assert last["result"]["gate"] == {"max_nll_increase": 0, "nll_increase": rise, "passed": False}
-    answer = server.post("/v1/models/load", load)
-    assert answer.status_code == 409
-    assert f"job {job['id']} did not pass its gate: NLL rose by {rise:.4f}" in answer.text
+    for spelling in ("coarse", "./coarse", "coarse/", "coarse//."):
+        answer = server.post("/v1/models/load", load | {"model": spelling})
+        assert answer.status_code == 409, spelling
+        assert f"job {job['id']} did not pass its gate: NLL rose by {rise:.4f}" in answer.text
     job = submit(server, "fine", method="rtn", bits=8, gate={"max_nll_increase": rise / 2}, evaluation=text)
     assert follow(server, job["id"])[-1][1]["result"]["gate"]["passed"] is True
     answer = server.post("/v1/models/load", load | {"model": "fine"}, timeout=120)
@@ -139,6 +140,8 @@ BAD = [
     ({"model": "/etc"}, 400, "must lie under --models-dir"),
     ({"model": "nothing"}, 404, "neither served nor a model"),
     ({"model": ".nybble"}, 400, "must lie under"),
+    ({"model": "n" * 300}, 404, "neither served nor a model"),
+    ({"calibration": {"source": "n" * 300}}, 404, "no file under --data-dir"),
     ({"calibration": {"source": "../secret.txt"}}, 400, "must lie under --data-dir"),
     ({"calibration": {"source": "other.txt"}}, 404, "no file under --data-dir"),
     ({"calibration": {"source": {"texts": []}}}, 400, "calibration.source"),

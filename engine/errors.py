@@ -79,3 +79,11 @@ class EngineError(NybbleError):
 
 class EngineDeadError(EngineError):
     """The engine's process died while it held this request."""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's error, or torch's, a RuntimeError in its allocators' words."""
+    words = ("allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )

@@ -26,7 +26,7 @@ import torch
 
 from .check import check_model
 from .config import EngineConfig
-from .errors import ConfigError, LayerError, NybbleError
+from .errors import ConfigError, LayerError, NybbleError, lacks_memory
 from .evaluate import EvaluateOptions, evaluate
 from .model_files import resolve_model
 from .quantize.job import quantize
@@ -152,7 +152,7 @@ def run(name: str, source: TextIO, reporter: Reporter) -> int:
     except NybbleError as error:
         user_error = isinstance(error, ConfigError)
         layer = {"layer": error.layer} if isinstance(error, LayerError) else {}
-        code = "invalid" if user_error else "failed"
+        code = _lacking(error.__cause__) or ("invalid" if user_error else "failed")
         reporter.emit("error", code=code, message=error.message, user_error=user_error, **layer)
         return EXIT_USER if user_error else EXIT_FAILED
     except KeyboardInterrupt:
@@ -167,18 +167,26 @@ def run(name: str, source: TextIO, reporter: Reporter) -> int:
     return 0
 
 
+def _lacking(error: BaseException | None) -> str | None:
+    """The code of an error for lack of memory or of room on the disk."""
+    if error is None:
+        return None
+    if lacks_memory(error):
+        return "out_of_memory"
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "disk_full" if full else None
+
+
+_REMEDIES = {
+    "out_of_memory": "out of memory ({}); lower --num-samples or --seq-len, or give more",
+    "disk_full": "no space left ({}); free some and start again",
+}
+
+
 def _described(error: Exception) -> tuple[str, str]:
     """A code and words for what no user can be blamed for."""
-    text = f"{type(error).__name__}: {error}"
-    # torch's allocator raises a RuntimeError.
-    if isinstance(error, MemoryError) or "not enough memory" in text:
-        return (
-            "out_of_memory",
-            f"out of memory ({text[:200]}); lower --num-samples or --seq-len, or give more",
-        )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "disk_full", f"no space left ({text[:200]}); free some and start again"
-    return "failed", text
+    text, code = f"{type(error).__name__}: {error}", _lacking(error)
+    return ("failed", text) if code is None else (code, _REMEDIES[code].format(text[:200]))
 
 
 def _take_limits(given: argparse.Namespace) -> None:

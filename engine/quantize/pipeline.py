@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.layout import PackedWeight, QuantSpec
-from ..errors import LayerError
+from ..errors import LayerError, lacks_memory
 from ..model.config import ModelConfig
 from ..model.plan import Slot
 from .activations import (
@@ -287,7 +287,7 @@ def _enough_memory(layer: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+        if not lacks_memory(error):
             raise
         name = f"model.layers.{layer}"
         message = f"{name}: out of memory; lower --num-samples or --seq-len, or free some ({error})"

@@ -1,5 +1,6 @@
 """The protocol of the task process."""
 
+import errno
 import io
 import json
 import os
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from nybble.engine import tasks
-from nybble.engine.errors import EngineError
+from nybble.engine.errors import ConfigError, EngineError
 from nybble.engine.tasks import Reporter, run
 from tiny_models import tiny_transformer
 from tiny_tokenizer import write_tokenizer
@@ -107,6 +109,36 @@ def test_progress_is_throttled_but_complete() -> None:
     for phase in ("a", "b"):
         dones = [event["done"] for event in events if event["phase"] == phase]
         assert (dones[0], dones[-1]) == (0, 1000)
+
+
+def _told(*, full: bool) -> None:
+    """As quantizing tells it: an error for the user, with its cause."""
+    try:
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        torch.empty(1 << 55)
+    except (OSError, RuntimeError) as error:
+        raise ConfigError("words and a remedy") from error
+
+
+@pytest.mark.parametrize(
+    ("fails", "code", "said"),
+    [
+        (lambda: torch.empty(1 << 55), "out_of_memory", "lower --num-samples"),  # torch's own words
+        (lambda: bytearray(1 << 55), "out_of_memory", "lower --num-samples"),
+        (lambda: os.write(os.open("/dev/full", os.O_WRONLY), b"x"), "disk_full", "free some"),
+        (lambda: _told(full=False), "out_of_memory", "words and a remedy"),
+        (lambda: _told(full=True), "disk_full", "words and a remedy"),
+        (lambda: [][1], "failed", "IndexError"),
+    ],
+)
+def test_what_is_lacking_has_a_code(
+    fails: Any, code: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tasks.TASKS, "check", lambda options, reporter: fails())
+    _, events = talk("check", {})
+    assert (events[-1]["event"], events[-1]["code"]) == ("error", code)
+    assert said in events[-1]["message"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -5,6 +5,7 @@ is taken; a quota or limit that is not stated does not count. Sources: proc(5), 
 admin-guide/cgroup-v2.rst and cgroup-v1/.
 """
 
+import ctypes
 import os
 import resource
 import sys
@@ -13,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _ROOT = Path("/")
+_M_MMAP_THRESHOLD = -3  # mallopt(3)
+_RETURNED = 4 << 20  # bytes of a block that leaves the process when it is freed
 
 
 def affinity() -> list[int]:
@@ -81,6 +84,17 @@ def process_memory(root: Path = _ROOT) -> int:
     if len(fields) > 1 and fields[1].isdecimal():
         return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def return_freed_memory() -> None:
+    """Let freed tensors leave this process, where the C library is glibc.
+
+    With every block that is freed, it raises the size from which blocks have a mapping of their own, up to
+    32 MiB; those below share a heap, in whose holes activations of another size find no room.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _RETURNED)
 
 
 def cpu_features(root: Path = _ROOT) -> frozenset[str]:

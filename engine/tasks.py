@@ -28,6 +28,7 @@ from .check import check_model
 from .config import EngineConfig
 from .errors import ConfigError, LayerError, NybbleError, lacks_memory
 from .evaluate import EvaluateOptions, evaluate
+from .hardware import return_freed_memory
 from .model_files import resolve_model
 from .quantize.job import quantize
 from .quantize.options import QuantizeOptions
@@ -221,6 +222,7 @@ def main() -> None:
     parser.add_argument("--parent", type=int, metavar="PID", help="end when this process does")
     given = parser.parse_args()
     _take_limits(given)
+    return_freed_memory()
     sys.exit(run(given.name, sys.stdin, Reporter(stream)))
 
 

@@ -217,6 +217,6 @@ class SafetensorsFiles:
         return tensor.clone()
 
     def close(self) -> None:
-        """Unmap the files."""
+        """Unmap the files. A later ``get`` maps them again."""
         self._open.clear()
         self._stack.close()

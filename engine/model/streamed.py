@@ -112,6 +112,7 @@ class StreamedModel:
                 else load_slot(self.files, self.format, slot, TARGET)
             )
             weights[slot.name.removeprefix(prefix)] = loaded
+        self.files.close()  # mapped pages that were read count as this process's memory
         block = DecoderLayer(self.config, index, weights, self._ops)
 
         def run(hidden: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -132,12 +133,14 @@ class StreamedModel:
 
     def weights(self, index: int) -> dict[str, Tensor]:
         """The weights [out, in] fp32 of block ``index``'s linears, by module."""
-        return {
+        found = {
             part.name: load_part(self.files, self.format, slot, part).dequantize()
             for slot in layer_plan(self.config, index)
             if slot.kind == "linear"
             for part in slot.parts
         }
+        self.files.close()
+        return found
 
     def head(self) -> Callable[[Tensor], Tensor]:
         """The last block's output [T, H] -> log-probabilities [T, vocab] fp32."""

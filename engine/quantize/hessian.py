@@ -68,11 +68,10 @@ def factorize(
         order = "none" if spec is None else spec.actorder
     size = len(diagonal) if spec is None or spec.group_size == -1 else spec.group_size
     perm, groups = _order(diagonal, size, order, by_position=spec is None or spec.actorder == "group")
-    ordered = hessian.clone() if perm is None else hessian[perm][:, perm]
-    ordered.diagonal().masked_fill_(ordered.diagonal() == 0, mean)
+    ordered = hessian if perm is None else hessian[perm][:, perm]
     for step in range(DAMPING_STEPS + 1):
         share = damping * 10**step
-        upper = _inverse_factor(ordered, share * mean)
+        upper = _inverse_factor(ordered, mean, share * mean)
         if upper is not None:
             return HessianFactor(upper, perm, groups, share)
     raise FactorizationError(f"not positive definite with a damping of {share:g}")
@@ -98,18 +97,22 @@ def _order(diagonal: Tensor, size: int, order: Order, by_position: bool) -> tupl
     return perm, groups[perm]
 
 
-def _inverse_factor(hessian: Tensor, shift: float) -> Tensor | None:
-    """U, upper, with inverse(H + shift) = U^T U.
+def _inverse_factor(hessian: Tensor, mean: float, shift: float) -> Tensor | None:
+    """U, upper, with inverse(H + shift) = U^T U, where H has ``mean`` for zeros of the diagonal.
 
     H mirrored along both axes is L L^T, so H = R R^T with R, L mirrored back, upper; then U = inverse(R).
     One factorization and one triangular solve: cheaper and more exact than inverting H.
     """
     mirrored = hessian.flip(0, 1)
-    mirrored.diagonal().add_(shift)
+    diagonal = mirrored.diagonal()
+    diagonal.masked_fill_(diagonal == 0, mean).add_(shift)
     lower, failed = torch.linalg.cholesky_ex(mirrored)
+    del diagonal, mirrored  # each matrix here is as large as H
     if int(failed):
         return None
     right = lower.flip(0, 1)
+    del lower
     eye = torch.eye(len(right), dtype=right.dtype, device=right.device)
     upper = torch.linalg.solve_triangular(right, eye, upper=True)
+    del right, eye
     return upper if bool(torch.isfinite(upper).all()) else None

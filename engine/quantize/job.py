@@ -206,6 +206,7 @@ def _write(
         for name, tensor in block.dense.items():
             writer.add(name, tensor.to(work.source.files.get(name).dtype))
             tally.done.add(name)
+        work.source.files.close()  # mapped pages that were read count as this process's memory
     return tally
 
 

@@ -111,6 +111,7 @@ class Source:
                 assert isinstance(tensor, Tensor)
                 weights[key] = vectors[slot.name] = tensor.clone()
                 stored[slot.name] = self.files.get(f"{slot.name}.weight").dtype
+        self.files.close()  # mapped pages that were read count as this process's memory
         return Block(DecoderLayer(self.config, layer, weights, ops), linears, vectors, stored, slots)
 
 

@@ -2,6 +2,9 @@
 
 import mmap
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,3 +124,31 @@ def test_this_machine() -> None:
     with mmap.mmap(-1, 64 << 20) as fresh:  # pages that no allocator could have had already
         fresh.write(b"\x01" * len(fresh))
         assert hardware.process_memory() - before > 48 << 20
+
+
+HOLES = """
+import sys
+import torch
+from nybble.engine.hardware import process_memory, return_freed_memory
+
+if sys.argv[1] == "return":
+    return_freed_memory()
+torch.ones(6 << 20)  # 24 MiB: once it is freed, glibc puts blocks below that into its heap
+before = process_memory()
+many = [torch.ones(2 << 20) for _ in range(16)]
+last = many[-1]
+del many
+print((process_memory() - before) >> 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's heap")
+def test_freed_memory_leaves_the_process(child_environment: dict[str, str]) -> None:
+    """15 tensors of 8 MiB below one that stays."""
+    left = {}
+    for how in ("return", "keep"):
+        command = [sys.executable, "-P", "-c", HOLES, how]
+        done = subprocess.run(command, capture_output=True, text=True, env=child_environment, check=True)
+        left[how] = int(done.stdout)
+    assert left["return"] < 16
+    assert left["keep"] > 100, "the C library needs no help any more"

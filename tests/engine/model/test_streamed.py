@@ -68,3 +68,12 @@ def test_tensors_that_are_missing_are_told_at_once(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"missing tensor model\.layers\.2\.mlp\.up_proj\.weight"):
         StreamedModel(tmp_path)
+
+
+def test_files_are_mapped_only_while_they_are_read(tmp_path: Path) -> None:
+    """Pages that were read count as the process's memory."""
+    tiny_transformer("llama").save_pretrained(tmp_path)
+    with StreamedModel(tmp_path) as model:
+        for read in (model.layer, model.weights):
+            assert read(1) is not None
+            assert str(tmp_path / "model.safetensors") not in Path("/proc/self/maps").read_text()

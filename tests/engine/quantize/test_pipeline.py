@@ -242,3 +242,19 @@ def test_progress_tells_block_and_loss(make_model: Any, tmp_path: Path) -> None:
     losses = [module["output_error"] for module in summary["modules"]]
     assert [given[4] for given in told[1:]] == losses
     json.dumps(summary)
+
+
+def test_the_model_is_mapped_only_while_it_is_read(make_model: Any, tmp_path: Path) -> None:
+    """Pages that were read count as the process's memory: a whole large model's would."""
+    folder, _ = make_model("llama")
+    mapped: list[bool] = []
+
+    def progress(
+        phase: str, done: int, total: int, layer: int | None = None, loss: float | None = None
+    ) -> None:
+        if loss is not None:
+            mapped.append(str(folder / "model.safetensors") in Path("/proc/self/maps").read_text())
+
+    given = QuantizeOptions(str(folder), str(tmp_path / "out"), group_size=32, report=False)
+    quantize(given, progress, lambda _: None)
+    assert mapped == [False] * 21

@@ -39,21 +39,27 @@ class Choice:
     loss: float
 
 
-def stored_bits(out: int, in_: int, spec: QuantSpec, outliers: float = 0.0) -> float:
+def residual_bits(in_: int) -> int:
+    """What one residual in a row of ``in_`` weights takes: itself and its column."""
+    return VALUE_BITS + (16 if in_ <= 1 << 16 else 32)
+
+
+def stored_bits(out: int, in_: int, spec: QuantSpec, outliers: float = 0.0, overlay: bool = False) -> float:
     """What a module [out, in] takes in a checkpoint, with ``outliers`` of its weights as residuals.
 
-    The format stores zeros for symmetric weights too, and for every input the number of its group.
+    The format stores zeros for symmetric weights too, and for every input the number of its group. overlay:
+    other residuals are to come, which are not counted, but the beginnings of their rows are.
     """
     groups = out * spec.num_groups(in_) * (16 + spec.num_bits)
     total: float = out * in_ * spec.num_bits + groups + in_ * INDEX_BITS
-    if outliers:
-        total += outliers * out * in_ * (VALUE_BITS + (16 if in_ <= 1 << 16 else 32)) + (out + 1) * ROW_BITS
+    if outliers or overlay:
+        total += outliers * out * in_ * residual_bits(in_) + (out + 1) * ROW_BITS
     return total
 
 
-def candidates(weight: Tensor, spec: QuantSpec, mse: float) -> Iterator[Choice]:
+def candidates(weight: Tensor, spec: QuantSpec, mse: float, overlay: bool = False) -> Iterator[Choice]:
     """Every way that the format can store ``weight`` [out, in]; ``loss`` is its squared error by rounding to
-    nearest. spec: what they have in common (symmetry), and one of them."""
+    nearest. spec: what they have in common (symmetry), and one of them. overlay: see ``stored_bits``."""
     out, in_ = weight.shape
     sample = weight[:: max(1, out // SAMPLED_ROWS)]
     specs = [replace(spec, num_bits=bits, group_size=size) for bits in BITS for size in GROUP_SIZES]
@@ -64,7 +70,7 @@ def candidates(weight: Tensor, spec: QuantSpec, mse: float) -> Iterator[Choice]:
             continue
         for share in SHARES:
             error = _squared_error(sample, found, mse, largest(sample, share)) * out / len(sample)
-            yield Choice(found, share, stored_bits(out, in_, found, share), error)
+            yield Choice(found, share, stored_bits(out, in_, found, share, overlay), error)
 
 
 def _squared_error(weight: Tensor, spec: QuantSpec, mse: float, exclude: Tensor | None) -> float:

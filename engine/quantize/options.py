@@ -18,6 +18,7 @@ DENSE_BITS = 16  # sparse24 only: nothing is rounded, half of the weights are ze
 USERS: dict[str, tuple[str, ...]] = {
     "base": ("requant", "gwq"),
     "static_groups": ("gptq",),
+    "damping": ("gptq", "sparse24"),
     "true_sequential": ("gptq", "awq", "sparse24"),
     "awq_steps": ("awq",),
     "prune": ("sparse24",),
@@ -142,12 +143,19 @@ class QuantizeOptions:
         ):
             if value is not None and value < least:
                 raise ConfigError(f"{option} {value}: must be at least {least}")
+        if not 0 <= self.seed < 1 << 63:
+            raise ConfigError(f"--seed {self.seed}: must be from 0 to {(1 << 63) - 1}")
         if not 0 < self.damping <= 1:  # NaN fails too
             raise ConfigError(f"--damping {self.damping}: must be above 0 and at most 1")
         if not 0 < self.shrinkage <= 1:
             raise ConfigError(f"--shrinkage {self.shrinkage}: must be above 0 and at most 1")
         if self.budget_bits is not None and not 2 <= self.budget_bits <= 16:
             raise ConfigError(f"--budget-bits {self.budget_bits}: must be from 2 to 16")
+        if self.budget_bits is not None and self.storage not in ("gptq", "gptq_v2"):
+            raise ConfigError(
+                f"--budget-bits: --checkpoint-format {self.storage} cannot hold every choice; use gptq or "
+                "gptq_v2"
+            )
         if self.budget_bits is not None and self.outlier_percent is not None:
             raise ConfigError("--budget-bits: chooses the outliers itself; leave --outlier-percent out")
         for option, percent in (

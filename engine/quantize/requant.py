@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..model.config import ModelConfig
 from . import gradients
-from .allocate import VALUE_BITS, Choice, allocate, candidates, scaled
+from .allocate import Choice, allocate, candidates, residual_bits, scaled
 from .gradients import GradientModel, Towards
 from .methods import get_base
 from .options import QuantizeOptions
@@ -121,14 +121,17 @@ class ReQuant:
         scores = self._scores(work, first)
         mse = getattr(self.base.rounder, "mse", 0.0)
         choices: dict[str, list[Choice]] = {}
+        widest = 0
         for block in first:
             weights = before(work, block)
             for module in block.modules:
                 if module.weight is not None and module.weight.spec is not None:
-                    found = list(candidates(weights[module.name], module.weight.spec, mse))
-                    choices[module.name] = scaled(found, scores[module.name].mass, module.weight.spec)
+                    weight, spec = weights[module.name], module.weight.spec
+                    found = list(candidates(weight, spec, mse, overlay=self.significant > 0))
+                    choices[module.name] = scaled(found, scores[module.name].mass, spec)
+                    widest = max(widest, residual_bits(weight.shape[1]))
         weights_chosen = sum(score.num_weights for score in scores.values())
-        room = (budget - self.significant * (VALUE_BITS + 16)) * weights_chosen
+        room = (budget - self.significant * widest) * weights_chosen
         try:
             chosen = allocate(choices, room)
         except ValueError as error:

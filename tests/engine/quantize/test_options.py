@@ -15,6 +15,13 @@ from nybble.kernels.layout import QuantSpec
         ({"prune": "wanda"}, "--prune wanda: has no effect with --method gptq"),
         ({"method": "awq", "static_groups": True}, "--static-groups True: has no effect with --method awq"),
         ({"base": "rtn"}, "--base rtn: has no effect with --method gptq, only with requant or gwq"),
+        ({"method": "yaqa", "damping": 0.1}, "--damping 0.1: has no effect with --method yaqa"),
+        ({"seed": 1 << 63}, f"--seed {1 << 63}: must be from 0 to"),
+        ({"seed": -1}, "--seed -1: must be from 0 to"),
+        (
+            {"method": "requant", "budget_bits": 5, "checkpoint_format": "awq"},
+            "--checkpoint-format awq cannot hold every choice; use gptq or gptq_v2",
+        ),
         ({"transform": "rotate"}, "--transform rotate: use none, awq or smoothquant"),
         ({"smooth_alpha": 1.5}, "--smooth-alpha 1.5: must be from 0 to 1"),
         ({"smooth_alpha": 0.7}, "--smooth-alpha 0.7: has no effect without --transform smoothquant"),

@@ -135,10 +135,14 @@ def test_a_budget_too_small_is_refused(make_model: Any, tmp_path: Path) -> None:
         ReQuant(Recipe(RTN(0.0)), budget=2.0, num_intervals=1, num_sequences=1).run(work_on(source, tmp_path))
 
 
-def test_a_budget_holds_in_the_written_checkpoint(make_model: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("significant", [0.0, 0.25, 2.0])
+def test_a_budget_holds_in_the_written_checkpoint(
+    significant: float, make_model: Any, tmp_path: Path
+) -> None:
+    """Also with weights that are put back later: each takes its column, and every row where it begins."""
     folder, _ = make_model("llama", num_hidden_layers=2)
     out = tmp_path / "out"
-    given = {**SMALL, **BRIEF, "symmetric": False, "budget_bits": 5}
+    given = {**SMALL, **BRIEF, "symmetric": False, "budget_bits": 5, "significant_percent": significant}
     options = QuantizeOptions(str(folder), str(out), "requant", "rtn", **given)  # type: ignore[arg-type]
     summary = quantize(options, lambda *_: None, lambda _: None)
     assert 4.6 < summary["bits_per_quantized_weight"] <= 5

@@ -65,7 +65,8 @@ def default_threads(root: Path = _ROOT, cpus: list[int] | None = None) -> int:
 
 
 def available_memory(root: Path = _ROOT) -> int:
-    """Bytes this process can still take: free on the machine and under every cgroup limit above it.
+    """Bytes this process can still take: free on the machine, under every cgroup limit above it and under its
+    own (RLIMIT_DATA, which a quantization job gets).
 
     Pages of files that nobody used lately are counted as free, as the kernel gives them back.
     """
@@ -75,6 +76,10 @@ def available_memory(root: Path = _ROOT) -> int:
         used = _number(folder / "memory.current", folder / "memory.usage_in_bytes")
         if limit is not None and used is not None:
             free.append(limit - max(0, used - _inactive_file(folder)))
+    own, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    fields = (_read(root / "proc/self/statm") or "").split()
+    if own != resource.RLIM_INFINITY and len(fields) > 5 and fields[5].isdecimal():
+        free.append(own - int(fields[5]) * os.sysconf("SC_PAGE_SIZE"))
     return max(0, min(free))
 
 

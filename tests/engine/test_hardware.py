@@ -152,3 +152,24 @@ def test_freed_memory_leaves_the_process(child_environment: dict[str, str]) -> N
         left[how] = int(done.stdout)
     assert left["return"] < 16
     assert left["keep"] > 100, "the C library needs no help any more"
+
+
+LIMITED = """
+import mmap
+import resource
+from nybble.engine.hardware import available_memory
+
+resource.setrlimit(resource.RLIMIT_DATA, (1 << 29, 1 << 29))
+print(available_memory())
+taken = mmap.mmap(-1, 128 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+print(available_memory())
+"""
+
+
+def test_its_own_limit_counts(child_environment: dict[str, str]) -> None:
+    """That of a quantization job, which refuses what it could not hold."""
+    command = [sys.executable, "-P", "-c", LIMITED]
+    done = subprocess.run(command, capture_output=True, text=True, env=child_environment, check=True)
+    first, second = map(int, done.stdout.split())
+    assert first < 1 << 29
+    assert first - second == pytest.approx(128 << 20, rel=0.05)

@@ -35,7 +35,7 @@ from .report import Report, main_figures, measure, read_held_out, with_modules
 from .results import QuantizedModule, Stage
 from .scratch import Scratch
 from .source import TARGET, Source
-from .storage import refused_shape, storage_for
+from .storage import refuse_unlike, refused_shape, storage_for
 from .work import Log, Progress, Work
 from .writer import CheckpointWriter
 
@@ -102,13 +102,14 @@ def quantize(
                 ops = Ops.resolve(TARGET)
                 work = Work(source, specs, calibration, scratch.folder, progress, log, ops, kept)
                 stage = method.run(work)
-                meta = _provenance(options, method, calibration)
+                settings = _settings(method, calibration)
+                meta = _provenance(options, settings, calibration)
                 storage = with_head(storage_for(options, stage, dense, meta), head)
                 tally = _write(stage, work, writer, storage, dense)
                 if head is not None:
                     _add(quantize_head(source, head, options.mse), work, writer, storage, tally)
                 _add_rest(source.files, writer, tally.done)
-                origin = provenance(options, method.settings(), calibration, source)
+                origin = provenance(options, settings, calibration, source)
                 _copy_files(source, writer, storage, origin)
                 made = writer.finish()
                 summary = {"out": str(out), "seconds": time.monotonic() - started}
@@ -135,6 +136,8 @@ def choose_modules(source: Source, options: QuantizeOptions) -> tuple[dict[str, 
             dense[part.name] = reason
         else:
             specs[part.name] = spec
+    _refuse_unmatched(options, [*specs, *dense])
+    refuse_unlike(options, specs)
     if not specs:
         name, reason = next(iter(dense.items()))
         raise ConfigError(f"MODEL {source.model.folder}: no module can be quantized ({name}: {reason})")
@@ -150,6 +153,18 @@ def _override(module: str, options: QuantizeOptions) -> QuantSpec | None:
             named = {"bits": "num_bits"}
             return replace(options.spec, **{named.get(key, key): value for key, value in override.items()})
     return options.spec
+
+
+def _refuse_unmatched(options: QuantizeOptions, modules: list[str]) -> None:
+    """ConfigError for a pattern that no module begins with: a slip, or another model's."""
+    for pattern in options.dynamic or {}:
+        left_out = pattern.startswith("-:")  # as the head is, unless --lm-head-bits says otherwise
+        names = [*modules, LM_HEAD] if left_out else modules
+        if not any(re.match(pattern.removeprefix("-:").removeprefix("+:"), name) for name in names):
+            raise ConfigError(
+                f"--dynamic {pattern[:100]!r}: matches no module; names begin as {modules[0]} does "
+                "(begin the pattern with .* to find it anywhere)"
+            )
 
 
 def _longest_names(module: str) -> list[str]:
@@ -271,9 +286,20 @@ def _add_report(
     writer.add_text("quality.html", page(report))
 
 
-def _provenance(options: QuantizeOptions, method: Method, calibration: Calibration | None) -> dict[str, Any]:
+def _settings(method: Method, calibration: Calibration | None) -> dict[str, Any]:
+    """The method's, as they came to be: no more sequences are differentiated than there are."""
+    found: dict[str, Any] = dict(method.settings())
+    for key in ("pqi_samples", "gradient_samples"):
+        if key in found and calibration is not None:
+            found[key] = min(found[key], len(calibration.sequences))
+    return found
+
+
+def _provenance(
+    options: QuantizeOptions, settings: dict[str, Any], calibration: Calibration | None
+) -> dict[str, Any]:
     meta: dict[str, Any] = {"quantizer": [f"nybble:{__version__}"], "method": options.method}
-    meta |= method.settings()
+    meta |= settings
     if calibration is not None:
         meta["calibration"] = describe(calibration) | {"seed": options.seed}
     return meta

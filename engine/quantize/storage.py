@@ -25,13 +25,17 @@ def refused_shape(out: int, in_: int, spec: QuantSpec, options: QuantizeOptions)
     return _plain(options).expressible(out, in_, spec)
 
 
+def refuse_unlike(options: QuantizeOptions, specs: Mapping[str, QuantSpec]) -> None:
+    """ConfigError where modules are to differ in what the format says once for all."""
+    for name, spec in specs.items() if options.storage == "awq" else ():
+        if spec != options.spec:
+            raise ConfigError(f"--checkpoint-format awq: {name} is {spec}, but all must be alike; use gptq")
+
+
 def storage_for(
     options: QuantizeOptions, stage: Stage, dense: Mapping[str, str], meta: Mapping[str, Any]
 ) -> Format:
-    """The format for what is in ``stage``. dense: modules that were not tried. meta: provenance.
-
-    ConfigError where modules differ in what the format says once for all.
-    """
+    """The format for what is in ``stage``. dense: modules that were not tried. meta: provenance."""
     specs = stage.specs()
     others = [*dense, *(name for name, spec in specs.items() if spec is None and options.bits != DENSE_BITS)]
     base = _plain(options)
@@ -41,8 +45,7 @@ def storage_for(
     elif isinstance(base, CompressedTensorsFormat):
         base = _compressed_tensors(options, others, differing, meta)
     else:
-        for name, spec in differing.items():
-            raise ConfigError(f"--checkpoint-format awq: {name} is {spec}, but all must be alike; use gptq")
+        assert not differing  # ``refuse_unlike``
         base = AWQFormat(base.base, tuple(others), meta=meta)
     residuals = stage.residuals()
     return OverlayFormat(base, residuals, {"method": options.method}) if residuals else base

@@ -1,6 +1,7 @@
 """Passes over the blocks: resumed, repeated, in one go or linear by linear; and what stops one."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,20 @@ def test_modules_may_differ(make_model: Any, tmp_path: Path) -> None:
     wider = {r".*\.v_proj": {"group_size": -1}}
     with pytest.raises(ConfigError, match=r"--checkpoint-format awq: .* must be alike"):
         run(folder, tmp_path / "awq", dynamic=wider, checkpoint_format="awq", symmetric=False)
+    run(folder, tmp_path / "head", dynamic={"-:lm_head": {}})  # as it is anyway
+    for pattern in ("v_proj", "-:layers", "+:lm_head"):
+        with pytest.raises(ConfigError, match=rf"--dynamic '{re.escape(pattern)}': matches no module"):
+            run(folder, tmp_path / "none", dynamic={**wider, pattern: {}})
+
+
+def test_what_a_format_cannot_hold_is_told_before_the_work(make_model: Any, tmp_path: Path) -> None:
+    folder, _ = make_model("llama")
+    told: list[Any] = []
+    given: dict[str, Any] = {"dynamic": {r".*\.v_proj": {"group_size": -1}}, "checkpoint_format": "awq"}
+    options = QuantizeOptions(str(folder), str(tmp_path / "out"), group_size=32, report=False, **given)
+    with pytest.raises(ConfigError, match="must be alike"):
+        quantize(options, lambda *event: told.append(event), lambda _: None)
+    assert told == []
 
 
 def break_weight(folder: Path, name: str) -> None:

@@ -34,6 +34,20 @@ def test_what_it_says(stored: Any, make_model: Any, tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(block)
 
 
+def test_how_many_sequences_were_differentiated(make_model: Any, tmp_path: Path) -> None:
+    """100 are asked for by default; the calibration has 4."""
+    folder, _ = make_model("llama")
+    for method, more, key in (
+        ("gwq", {}, "gradient_samples"),
+        ("requant", {"pqi_intervals": 1}, "pqi_samples"),
+    ):
+        out = tmp_path / method
+        block = run(folder, out, method=method, base="rtn", **more)
+        assert block["settings"][key] == 4
+        meta = json.loads((out / "quantize_config.json").read_text())["meta"]
+        assert meta[key] == 4
+
+
 def test_the_originals_fingerprint_is_its_weights(make_model: Any, tmp_path: Path) -> None:
     folder, _ = make_model("llama")
     first = run(folder, tmp_path / "first", method="rtn")

@@ -59,6 +59,7 @@ class Jobs:
         if self._running is not None:
             await self._running[1].stop()
         if self._runner is not None:
+            # Python 3.11's wait_for may swallow it (where what it waits for is done): _closing ends it then.
             self._runner.cancel()
             with suppress(asyncio.CancelledError):
                 await self._runner
@@ -159,7 +160,7 @@ class Jobs:
         await self._save(job)
 
     async def _run(self) -> None:
-        while True:
+        while not self._closing:
             changed = self._changed
             waiting = (
                 j for j in self._jobs.values() if j.status == "queued" and j.id not in self._cancelling
@@ -208,7 +209,7 @@ class Jobs:
         async with task_process("quantize", options, nice=limits.nice, memory_limit=limits.memory) as task:
             self._running = (job, task)
             try:
-                if job.id in self._cancelling:
+                if self._closing or job.id in self._cancelling:
                     await task.stop()
                 return await self._follow(job, task)
             finally:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +159,29 @@ async def test_the_number_of_layers_is_stored_at_once(played: Played) -> None:
     waiting = await played.submit("y")
     stored = await asyncio.to_thread(played.jobs._store.load)
     assert {job.id: job.progress["num_layers"] for job in stored}[waiting.id] == 3
+
+
+async def test_stopped_while_a_process_is_being_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the event loop swallows the cancellation, as uvloop did at a start: the server must end all the
+    same, and the job be there for the next one."""
+    played = Played(tmp_path, monkeypatch)
+    starting = asyncio.Event()
+
+    @asynccontextmanager
+    async def deaf(*_: Any, **__: Any) -> AsyncIterator[PlayedTask]:
+        starting.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(10)
+        async with played._start() as task:
+            yield task
+
+    monkeypatch.setattr(module, "task_process", deaf)
+    await played.jobs.start()
+    job = await played.submit("x")
+    await starting.wait()
+    async with asyncio.timeout(5):
+        await played.jobs.stop()
+    assert job.status == "queued"
+    assert [task.stopped for task in played.tasks] == [True]

@@ -203,9 +203,12 @@ def _shown_source(source: "str | Texts") -> Any:
 
 
 def shown(job: JobRecord) -> Json:
-    """The API's job object: no paths of the server's."""
+    """The API's job object: no paths of the server's, only what is below its models folder."""
     content = job.to_dict()
-    del content["options"]
+    folder = Path(content.pop("options")["out"]).parent
+    if content["error"] is not None:
+        message = content["error"]["message"].replace(f"{folder}/", "")
+        content["error"] = content["error"] | {"message": message}
     if content["result"] is not None:
         content["result"] = content["result"] | {"out": content["output"]}
     return content

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -166,6 +167,17 @@ def test_a_link_out_of_the_folder_is_no_way_out(server: GatewayServer, models_di
     answer = server.post("/v1/quantizations", {"model": "link/models", "output": "x"})
     assert answer.status_code == 400
     assert "must lie under" in answer.json()["error"]["message"]
+
+
+def test_an_error_names_no_folder_of_the_servers(server: GatewayServer, models_dir: Path) -> None:
+    shutil.copytree(models_dir / "original", models_dir / "cut")
+    weights = models_dir / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    job = submit(server, "of-cut", model="cut")
+    message = follow(server, job["id"])[-1][1]["error"]["message"]
+    assert message.startswith("cut/model.safetensors: tensor ")
+    assert "it is truncated" in message
+    assert str(models_dir) not in message
 
 
 def test_a_setting_that_cannot_work_ends_the_job_with_its_reason(server: GatewayServer) -> None:

@@ -84,7 +84,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--decode-repeats", type=int, default=5,
                         help="of decode 1 in a round: it stands at memory's limit, which drifts")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="one round, no full KV cache, no server")
-    parser.add_argument("--isa", nargs="+", choices=["auto", "vnni", "avx2", "torch"], default=["auto"],
+    kernels = ["auto", "amx", "vnni", "avx2", "torch"]
+    parser.add_argument("--isa", nargs="+", choices=kernels, default=["auto"],
                         help="our kernels; several: each is a contender")  # fmt: skip
     parser.add_argument("--lm-head-bits", nargs="+", choices=["none", "8", "4"], default=["none", "4"],
                         help="our output head; several: each is a contender")  # fmt: skip

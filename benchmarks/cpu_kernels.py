@@ -31,9 +31,9 @@ from numba.extending import intrinsic
 from nybble.engine.hardware import cpu_features
 from nybble.kernels.cpu.abi import compile_kernel, word
 from nybble.kernels.cpu.compiled import kernels_for
-from nybble.kernels.cpu.int8_tile import VNNI
 from nybble.kernels.cpu.ir import I8, I16, I32, Emitter
-from nybble.kernels.cpu.numba_linear import bf16_refusal, instruction_set
+from nybble.kernels.cpu.isa import AVX2, VNNI
+from nybble.kernels.cpu.numba_linear import bf16_refusal, instruction_set, why_not
 from nybble.kernels.cpu.pool import RECORD_WORDS, Pool
 from nybble.kernels.cpu.recorder import Recorder
 from nybble.kernels.cpu.tape import Inputs, Tape
@@ -63,7 +63,7 @@ class Case:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--isa", choices=("auto", "vnni", "avx2"), default="auto")
+    parser.add_argument("--isa", choices=("auto", "amx", "vnni", "avx2"), default="auto")
     parser.add_argument("--shapes", nargs="+", default=["8192x2048", "4096x14336"])
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 16, 64, 512])
@@ -77,7 +77,9 @@ def main() -> None:
         options.shapes, options.bits, options.seconds = options.shapes[:1], [4], options.seconds / 5
     isa = instruction_set(Target(cpu_features=cpu_features(), cpu_kernels=options.isa))
     if isa is None:
-        parser.error(f"--isa {options.isa}: this CPU lacks its instructions")
+        parser.error(
+            f"--isa {options.isa}: {why_not(Target(cpu_features=cpu_features(), cpu_kernels=options.isa))}"
+        )
     results: list[dict[str, Any]] = []
     for threads in options.threads:
         pool = Pool(threads)
@@ -273,11 +275,12 @@ def read_call(pool: Pool) -> tuple[Callable[[], None], float]:
 def peak_call(isa: str, pool: Pool) -> tuple[Callable[[], None], float]:
     """A call of the instruction that the kernels multiply with, and its operations (two per product).
 
+    For AMX it is VNNI's too, so that the two can be compared.
     Shorter ones fall short: after a loop over memory the first 50 us are slow (Zen 4).
     """
     steps, out = 1_000_000, np.ones(1024 * pool.num_threads, np.uint8)
-    products = 64 if isa == "vnni" else 32
-    call = kernel_call(peak_kernel(kernels_for(isa).isa), [steps, out.ctypes.data], pool)
+    products = 32 if isa == "avx2" else 64
+    call = kernel_call(peak_kernel(AVX2 if isa == "avx2" else VNNI), [steps, out.ctypes.data], pool)
     return lambda kept=out: call(), 2.0 * products * _CHAINS * steps * pool.num_threads
 
 

@@ -7,7 +7,7 @@ from .errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
-CpuKernels = Literal["auto", "vnni", "avx2", "torch", "portable"]
+CpuKernels = Literal["auto", "amx", "vnni", "avx2", "torch", "portable"]
 CpuActivations = Literal["int8", "bf16", "fp32"]
 
 

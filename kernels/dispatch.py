@@ -28,7 +28,7 @@ class Target:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     cpu_features: frozenset[str] = field(default_factory=frozenset)
-    cpu_kernels: str = "torch"  # "auto", "vnni", "avx2": compiled; "torch", "portable": see docs/kernels.md
+    cpu_kernels: str = "torch"  # "auto" or an instruction set: compiled; "torch", "portable": docs/kernels.md
     cpu_activations: str = "fp32"  # what low-bit weights meet in compiled kernels: "int8", "bf16", "fp32"
 
     @property

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...kernels.cpu.numba_linear import bf16_refusal, why_not
+from ...kernels.cpu.numba_linear import bf16_refusal, passed_over, why_not
 from ...kernels.dispatch import Target
 from ...kernels.layout import PackedWeight, QuantSpec
 from ..config import EngineConfig
@@ -282,6 +282,8 @@ def load_model(
             else:
                 weights[slot.name] = tensor = _load_tensor(files, slot, chosen)
                 table = tensor if slot.kind == "embedding" else table
+    if any(layer.kernel == "cpu-int8" for layer in layers) and (note := passed_over(chosen)) is not None:
+        notes.append(note)
     sizes = [w.numel() * w.element_size() if isinstance(w, Tensor) else w.nbytes for w in weights.values()]
     report = LoadReport(tuple(layers), sum(sizes), tuple(notes))
     for line in ["", *report.lines()]:

@@ -63,6 +63,11 @@ def word(typingctx: Any, args: Any, index: Any) -> Any:
     return types.int64(types.intp, types.intp), codegen
 
 
+def words(emit: Emitter, args: ir.Value, count: int) -> list[ir.Value]:
+    """The first ``count`` words of args, for an intrinsic that takes them as a kernel does."""
+    return [emit.load(I64, emit.offset(args, 8 * index), 8) for index in range(count)]
+
+
 @intrinsic
 def call_kernel(typingctx: Any, address: Any, args: Any, thread: Any, num_threads: Any) -> Any:
     """Call the kernel at ``address``."""

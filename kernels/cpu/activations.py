@@ -1,9 +1,9 @@
 """Activations to int8: per token and group of 32 inputs, symmetric, rounded to nearest even; or to bf16.
 
 x8 = rint(x * 127 / amax), xs = amax / 127, error at most amax / 254 per element. Written in tiles of tokens
-as ``int8_tile.tile`` reads them (QUADS); sums = -(sum of the group's int8) * offset. For 2:4 weights
-(OCTETS) tiles are int64 [K / 8, tokens], eight inputs of a token each, as x8 + 128. PAIRS of bf16 are as
-``bf16_linear`` reads them, without xs, and their sums are fp32.
+as ``int8_tile`` reads them, those of 16 as ``amx_tile`` does (QUADS); sums = -(sum of the group's int8) *
+offset. For 2:4 weights (OCTETS) tiles are int64 [K / 8, tokens], eight inputs of a token each, as x8 + 128.
+PAIRS of bf16 are as ``bf16_linear`` reads them, without xs, and their sums are fp32.
 """
 
 from typing import Any
@@ -15,18 +15,21 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .abi import word
-from .ir import BF16, F32, I8, I16, I32, Emitter
+from .ir import BF16, F32, I8, I16, I32, I64, Emitter
+from .isa import AMX, TILES
 from .vectors import literal, load_f32, load_i32, store_f32
 
-CHUNK = 120  # tokens whose activations a GEMM keeps in cache; a multiple of every largest tile (8 and 3)
+CHUNK = 120  # tokens whose activations a GEMM keeps in cache; a multiple of every largest tile (8 and 4)
 QUADS, OCTETS, PAIRS = 0, 1, 2
+TOKENS = TILES[AMX][0]  # whose bytes are not in quads
 
 
 @intrinsic(prefer_literal=True)
 def _quantize_tile(
     typingctx: Any,
-    tokens: Any,
+    isa: Any,
     form: Any,
+    tokens: Any,
     x: Any,
     ldx: Any,
     x8: Any,
@@ -35,47 +38,74 @@ def _quantize_tile(
     groups: Any,
     offset: Any,
 ) -> Any:
-    """``tokens`` rows of fp32 at x (row stride ldx floats) into one tile."""
-    count, form_ = literal(tokens), literal(form)
+    """``tokens`` rows of fp32 at x (row stride ldx floats) into one tile; as many as some tile has."""
+    sizes, form_ = (*TILES[literal(isa)], 1), literal(form)
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        _, _, x, ldx, x8, xs, sums, groups, offset = arguments
+        tokens, x, ldx, x8, xs, sums, groups, offset = arguments[2:]
         emit = Emitter(builder)
-        floats, ints = ir.VectorType(F32, 32), ir.VectorType(I32, 32)
-        with cgutils.for_range(builder, groups) as loop:
-            g = loop.index
-            for m in range(count):
-                at = [emit.scaled(g, 4 * count), 4 * m]
-                value = emit.load(floats, emit.offset(x, emit.scaled(g, 128), emit.scaled(ldx, 4 * m)), 4)
-                if form_ == PAIRS:
-                    base = emit.offset(x8, emit.scaled(g, 64 * count), 4 * m)
-                    total = _store_pairs(emit, value, base, 4 * count)
-                    scale = builder.fneg(builder.sitofp(offset, F32))
-                    emit.store(builder.fmul(total, scale), emit.offset(sums, *at), 4)
-                    continue
-                # As integers magnitudes have the same order, with NaN above all: it reaches the scale.
-                magnitude = builder.and_(builder.bitcast(value, ints), emit.constant(I32, 0x7FFFFFFF, 32))
-                top = builder.bitcast(emit.call("llvm.vector.reduce.umax.v32i32", I32, [magnitude]), F32)
-                # A group of zeros keeps a scale that is not zero, so that 127 / amax stays finite.
-                top = builder.select(builder.fcmp_ordered("<", top, F32(1e-20)), F32(1e-20), top)
-                scaled = builder.fmul(value, emit.splat(builder.fdiv(F32(127.0), top), 32))
-                rounded = builder.fptosi(emit.call("llvm.rint.v32f32", floats, [scaled]), ints)
-                emit.store(builder.fmul(top, F32(1 / 127)), emit.offset(xs, *at), 4)
-                total = emit.call("llvm.vector.reduce.add.v32i32", I32, [rounded])
-                emit.store(
-                    builder.neg(builder.mul(total, builder.trunc(offset, I32))), emit.offset(sums, *at), 4
-                )
-                if form_ == OCTETS:
-                    rounded = builder.add(rounded, emit.constant(I32, 128, 32))
-                quads = builder.bitcast(builder.trunc(rounded, ir.VectorType(I8, 32)), ir.VectorType(I32, 8))
-                base = emit.offset(x8, emit.scaled(g, 32 * count))
-                for quad in range(8):
-                    word_ = builder.extract_element(quads, I32(quad))
-                    place = (quad // 2 * count + m) * 2 + quad % 2 if form_ == OCTETS else quad * count + m
-                    emit.store(word_, emit.offset(base, place * 4), 4)
+        for size in sizes:
+            with (
+                builder.if_then(builder.icmp_signed("==", tokens, I64(size))),
+                cgutils.for_range(builder, groups) as loop,
+            ):
+                g = loop.index
+                tile = [
+                    emit.offset(base, emit.scaled(g, width * size))
+                    for base, width in zip((x8, xs, sums), (64 if form_ == PAIRS else 32, 4, 4), strict=True)
+                ]
+                row = emit.offset(x, emit.scaled(g, 128))
+                if size > 8:
+                    with cgutils.for_range(builder, I64(size)) as rows:
+                        _quantize_group(emit, form_, size, rows.index, (row, ldx), tile, offset)
+                else:
+                    for m in range(size):
+                        _quantize_group(emit, form_, size, I64(m), (row, ldx), tile, offset)
         return context.get_dummy_value()
 
-    return types.void(tokens, form, *([types.intp] * 7)), codegen
+    return types.void(isa, form, *([types.intp] * 8)), codegen
+
+
+def _quantize_group(
+    emit: Emitter,
+    form: int,
+    size: int,
+    m: ir.Value,
+    x: tuple[ir.Value, ir.Value],
+    tile: list[ir.Value],
+    offset: ir.Value,
+) -> None:
+    """32 inputs of a tile's token m; ``tile``: where the group's x8, xs and sums begin."""
+    builder, (row, ldx), (x8, xs, sums) = emit.builder, x, tile
+    floats, ints = ir.VectorType(F32, 32), ir.VectorType(I32, 32)
+    value = emit.load(floats, emit.offset(row, builder.mul(ldx, emit.scaled(m, 4))), 4)
+    xs, sums = emit.offset(xs, emit.scaled(m, 4)), emit.offset(sums, emit.scaled(m, 4))
+    if form == PAIRS:
+        total = _store_pairs(emit, value, emit.offset(x8, emit.scaled(m, 4)), 4 * size)
+        emit.store(builder.fmul(total, builder.fneg(builder.sitofp(offset, F32))), sums, 4)
+        return
+    # As integers magnitudes have the same order, with NaN above all: it reaches the scale.
+    magnitude = builder.and_(builder.bitcast(value, ints), emit.constant(I32, 0x7FFFFFFF, 32))
+    top = builder.bitcast(emit.call("llvm.vector.reduce.umax.v32i32", I32, [magnitude]), F32)
+    # A group of zeros keeps a scale that is not zero, so that 127 / amax stays finite.
+    top = builder.select(builder.fcmp_ordered("<", top, F32(1e-20)), F32(1e-20), top)
+    scaled = builder.fmul(value, emit.splat(builder.fdiv(F32(127.0), top), 32))
+    rounded = builder.fptosi(emit.call("llvm.rint.v32f32", floats, [scaled]), ints)
+    emit.store(builder.fmul(top, F32(1 / 127)), xs, 4)
+    total = emit.call("llvm.vector.reduce.add.v32i32", I32, [rounded])
+    emit.store(builder.neg(builder.mul(total, builder.trunc(offset, I32))), sums, 4)
+    if form == OCTETS:
+        rounded = builder.add(rounded, emit.constant(I32, 128, 32))
+    bytes_ = builder.trunc(rounded, ir.VectorType(I8, 32))
+    if size == TOKENS:
+        emit.store(bytes_, emit.offset(x8, emit.scaled(m, 32)), 32)
+        return
+    quads = builder.bitcast(bytes_, ir.VectorType(I32, 8))
+    # A token's words of the tile: quads [8, size], or octets [4, size] of two words.
+    base = emit.offset(x8, emit.scaled(m, 8 if form == OCTETS else 4))
+    for quad in range(8):
+        place = quad // 2 * size * 2 + quad % 2 if form == OCTETS else quad * size
+        emit.store(builder.extract_element(quads, I32(quad)), emit.offset(base, place * 4), 4)
 
 
 def _store_pairs(emit: Emitter, value: ir.Value, base: ir.Value, stride: int) -> ir.Value:
@@ -102,13 +132,13 @@ def _store_pairs(emit: Emitter, value: ir.Value, base: ir.Value, stride: int) ->
     return builder.extract_element(total, I32(0))
 
 
-def quantize_kernel(tiles: tuple[int, int, int], form: int) -> Any:
-    """The kernel for an instruction set's tile sizes (largest first, then 1). Rows are the unit of threads.
+def quantize_kernel(isa: int, form: int) -> Any:
+    """The kernel for an instruction set's tiles. Rows are the unit of threads.
 
     args: x, ldx (floats), K, groups, address of the number of tokens, x8, xs, sums, offset,
     perm (int32 [32 * groups], -1: zero; or 0), scratch, scratch bytes per thread.
     """
-    big, mid, small = tiles
+    sizes = TILES[isa]
     word_bytes = 64 if form == PAIRS else 32  # of a group
 
     def quantize(args, thread, num_threads):
@@ -127,28 +157,18 @@ def quantize_kernel(tiles: tuple[int, int, int], form: int) -> Any:
         copy = perm != 0 or size != groups * 32
         m = first
         while m < last:
-            room = min(last, (m // CHUNK + 1) * CHUNK) - m
             count = 1
-            if room >= big:
-                count = big
-            elif room >= mid:
-                count = mid
-            elif room >= small:
-                count = small
+            for rows in sizes:
+                if rows <= last - m:
+                    count = rows
+                    break
             row, ld = x + m * ldx * 4, ldx
             if copy:
                 for i in range(count):
                     gather_row(row + i * ldx * 4, size, groups * 32, perm, scratch + i * groups * 128)
                 row, ld = scratch, groups * 32
             a, b, c = x8 + m * groups * word_bytes, xs + m * groups * 4, sums + m * groups * 4
-            if count == big:
-                _quantize_tile(big, form, row, ld, a, b, c, groups, offset)
-            elif count == mid:
-                _quantize_tile(mid, form, row, ld, a, b, c, groups, offset)
-            elif count == small:
-                _quantize_tile(small, form, row, ld, a, b, c, groups, offset)
-            else:
-                _quantize_tile(1, form, row, ld, a, b, c, groups, offset)
+            _quantize_tile(isa, form, count, row, ld, a, b, c, groups, offset)
             m += count
 
     return quantize
@@ -158,13 +178,13 @@ def quantize_kernel(tiles: tuple[int, int, int], form: int) -> Any:
 def row_share(tokens, thread, num_threads):
     """The rows [first, last) of a thread, the same for every kernel that splits by rows.
 
-    In steps of 24 rows, a multiple of every register tile; few rows all fall to thread 0, the caller,
-    which does not have to wake up.
+    In steps of 16 rows, a multiple of every largest tile; few rows all fall to thread 0, the caller, which
+    does not have to wake up.
     """
-    steps = (tokens + 23) // 24
+    steps = (tokens + 15) // 16
     first = (steps * thread + num_threads - 1) // num_threads
     last = (steps * (thread + 1) + num_threads - 1) // num_threads
-    return min(tokens, first * 24), min(tokens, last * 24)
+    return min(tokens, first * 16), min(tokens, last * 16)
 
 
 @njit(nogil=True, error_model="numpy")

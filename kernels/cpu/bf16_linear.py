@@ -22,14 +22,15 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .abi import word
+from . import isa
+from .abi import word, words
 from .activations import CHUNK
 from .int8_tile import PREFETCH_BYTES
-from .ir import BF16, F16, F32, I16, I32, I64, Emitter
+from .ir import BF16, F16, F32, I16, I32, Emitter, emit_tiles
 from .l16 import GROUP_BYTES
 from .vectors import literal
 
-TILES = (8, 4, 2)  # tokens of a register tile, largest first, then 1
+TILES = isa.TILES[isa.VNNI]
 _BYTES, _HALVES = ir.VectorType(I32, 16), ir.VectorType(I16, 32)
 _FLOATS, _PAIRS = ir.VectorType(F32, 16), ir.VectorType(BF16, 32)
 
@@ -81,62 +82,60 @@ def _converted(emit: Emitter, address: ir.Value) -> list[ir.Value]:
 
 
 @intrinsic(prefer_literal=True)
-def _tile(
-    typingctx: Any,
-    num_bits: Any,
-    tokens: Any,
-    asym: Any,
-    w: Any,
-    ws: Any,
-    wz: Any,
-    x16: Any,
-    sums: Any,
-    y: Any,
-    ldy: Any,
-    groups: Any,
-    accumulate: Any,
-) -> Any:
-    """One block of 16 rows times ``tokens`` activation rows into y (row stride ldy floats)."""
-    bits, count, has_zeros = (literal(t) for t in (num_bits, tokens, asym))
+def _tiles(typingctx: Any, num_bits: Any, asym: Any, args: Any, block: Any, begin: Any, count: Any) -> Any:
+    """One block of 16 rows times ``count`` activation rows from ``begin`` on; args of the kernel."""
+    bits, has_zeros = literal(num_bits), bool(literal(asym))
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        w, ws, wz, x16, sums, y, ldy, groups, accumulate = arguments[3:]
+        args, block, begin, count = arguments[2:]
         emit = Emitter(builder)
-        totals = [cgutils.alloca_once_value(builder, emit.constant(F32, 0.0, 16)) for _ in range(count)]
-        for total in totals:
-            builder.store(emit.constant(F32, 0.0, 16), total)
-        with cgutils.for_range(builder, groups) as loop:
-            g = loop.index
-            dots = [
-                emit.splat(emit.load(F32, emit.offset(sums, emit.scaled(g, 4 * count), 4 * m), 4), 16)
-                for m in range(count)
-            ]
-            if has_zeros:
-                zeros = builder.fadd(_per_row(emit, wz, g), emit.constant(F32, float(base(bits)), 16))
-                dots = [builder.fmul(zeros, dot) for dot in dots]
-            codes = emit.offset(w, emit.scaled(g, GROUP_BYTES[bits]))
-            for line in range(0, GROUP_BYTES[bits], 64):
-                emit.prefetch(emit.offset(codes, PREFETCH_BYTES + line))
-            pairs_of_x = emit.offset(x16, emit.scaled(g, 64 * count))
-            for index, pair in enumerate(_code_pairs(emit, bits, codes)):
-                for m in range(count):
-                    x = emit.load(I32, emit.offset(pairs_of_x, 4 * (index * count + m)), 4)
-                    operands = [dots[m], pair, builder.bitcast(emit.splat(x, 16), _PAIRS)]
-                    dots[m] = emit.call("llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, operands)
-            scale = _per_row(emit, ws, g)
-            for total, dot in zip(totals, dots, strict=True):
-                builder.store(emit.fma(scale, dot, builder.load(total)), total)
-        for m, total in enumerate(totals):
-            address = emit.offset(y, emit.scaled(ldy, 4 * m))
-            value = builder.load(total)
-            with builder.if_else(builder.icmp_signed("!=", accumulate, I64(0))) as (then, otherwise):
-                with then:
-                    emit.store(builder.fadd(value, emit.load(_FLOATS, address, 4)), address, 4)
-                with otherwise:
-                    emit.store(value, address, 4)
+        w, ws, wz, x16, sums, y, _, ldy, groups, _, accumulate = words(emit, args, 11)
+        at = builder.mul(block, groups)
+        w = emit.offset(w, emit.scaled(at, GROUP_BYTES[bits]))
+        ws, wz = (emit.offset(base, emit.scaled(at, 32)) for base in (ws, wz))
+        y = emit.offset(y, emit.scaled(block, 64))
+        for tokens, first in emit_tiles(builder, count, TILES):
+            m = builder.add(begin, first)
+            at = builder.mul(m, groups)
+            x = [emit.offset(base, emit.scaled(at, size)) for base, size in ((x16, 64), (sums, 4))]
+            out = emit.offset(y, emit.scaled(builder.mul(m, ldy), 4))
+            _emit_tile(emit, (bits, tokens, has_zeros), [w, ws, wz, *x, out, ldy, groups, accumulate])
         return context.get_dummy_value()
 
-    return types.void(num_bits, tokens, asym, *([types.intp] * 9)), codegen
+    return types.void(num_bits, asym, *([types.intp] * 4)), codegen
+
+
+def _emit_tile(emit: Emitter, traits: tuple[int, int, bool], arguments: list[ir.Value]) -> None:
+    """One block times a tile of tokens into y; traits: bits, tokens, whether there are zero points."""
+    (bits, count, has_zeros), builder = traits, emit.builder
+    w, ws, wz, x16, sums, y, ldy, groups, accumulate = arguments
+    totals = [cgutils.alloca_once_value(builder, emit.constant(F32, 0.0, 16)) for _ in range(count)]
+    for total in totals:
+        builder.store(emit.constant(F32, 0.0, 16), total)
+    with cgutils.for_range(builder, groups) as loop:
+        g = loop.index
+        dots = [
+            emit.splat(emit.load(F32, emit.offset(sums, emit.scaled(g, 4 * count), 4 * m), 4), 16)
+            for m in range(count)
+        ]
+        if has_zeros:
+            zeros = builder.fadd(_per_row(emit, wz, g), emit.constant(F32, float(base(bits)), 16))
+            dots = [builder.fmul(zeros, dot) for dot in dots]
+        codes = emit.offset(w, emit.scaled(g, GROUP_BYTES[bits]))
+        for line in range(0, GROUP_BYTES[bits], 64):
+            emit.prefetch(emit.offset(codes, PREFETCH_BYTES + line))
+        pairs_of_x = emit.offset(x16, emit.scaled(g, 64 * count))
+        for index, pair in enumerate(_code_pairs(emit, bits, codes)):
+            for m in range(count):
+                x = emit.load(I32, emit.offset(pairs_of_x, 4 * (index * count + m)), 4)
+                operands = [dots[m], pair, builder.bitcast(emit.splat(x, 16), _PAIRS)]
+                dots[m] = emit.call("llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, operands)
+        scale = _per_row(emit, ws, g)
+        for total, dot in zip(totals, dots, strict=True):
+            builder.store(emit.fma(scale, dot, builder.load(total)), total)
+    for m, total in enumerate(totals):
+        address = emit.offset(y, emit.scaled(ldy, 4 * m))
+        emit.write_row(builder.load(total), address, accumulate)
 
 
 def _per_row(emit: Emitter, values: ir.Value, group: ir.Value) -> ir.Value:
@@ -151,44 +150,14 @@ def bf16_kernel(num_bits: int, asym: bool) -> Any:
     args: codes, scales, zeros, x16, sums, y, address of the number of tokens, ldy (floats), groups, blocks,
     accumulate (0 or 1). Activations as ``activations.quantize_kernel`` writes them (``PAIRS``).
     """
-    block_bytes = GROUP_BYTES[num_bits]
-    big, mid, small = TILES
-    zp = int(asym)  # a literal for ``_tile``
+    has_zeros = int(asym)  # a literal for ``_tiles``
 
     def bf16_linear(args, thread, num_threads):
-        codes = word(args, 0)
-        scales = word(args, 1)
-        zeros = word(args, 2)
-        x16 = word(args, 3)
-        sums = word(args, 4)
-        y = word(args, 5)
         tokens = word(word(args, 6), 0)
-        ldy = word(args, 7)
-        groups = word(args, 8)
         blocks = word(args, 9)
-        accumulate = word(args, 10)
         for begin in range(0, tokens, CHUNK):
-            end = min(tokens, begin + CHUNK)
+            count = min(CHUNK, tokens - begin)
             for n in range(blocks * thread // num_threads, blocks * (thread + 1) // num_threads):
-                w = codes + n * groups * block_bytes
-                ws = scales + n * groups * 32
-                wz = zeros + n * groups * 32
-                m = begin
-                while m < end:
-                    a = x16 + m * groups * 64
-                    b = sums + m * groups * 4
-                    out = y + (m * ldy + n * 16) * 4
-                    if m + big <= end:
-                        _tile(num_bits, big, zp, w, ws, wz, a, b, out, ldy, groups, accumulate)
-                        m += big
-                    elif m + mid <= end:
-                        _tile(num_bits, mid, zp, w, ws, wz, a, b, out, ldy, groups, accumulate)
-                        m += mid
-                    elif m + small <= end:
-                        _tile(num_bits, small, zp, w, ws, wz, a, b, out, ldy, groups, accumulate)
-                        m += small
-                    else:
-                        _tile(num_bits, 1, zp, w, ws, wz, a, b, out, ldy, groups, accumulate)
-                        m += 1
+                _tiles(num_bits, has_zeros, args, n, begin, count)
 
     return bf16_linear

@@ -7,17 +7,20 @@ import torch
 from torch import Tensor
 
 from ..layout import PackedWeight
-from .int8_tile import AVX2, VNNI
+from .amx_permission import amx_refusal
+from .isa import AMX, AVX2, VNNI
 from .pool import Pool
 from .recorder import Kernels, Recorder
 from .tape import Inputs
 from .weights import DenseWeight, LowBitWeight, pack_dense, pack_low_bit
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)
 def kernels_for(isa: str) -> Kernels:
-    """The compiled kernels for "vnni" or "avx2", shared by all that run in this process."""
-    return Kernels(VNNI if isa == "vnni" else AVX2)
+    """The compiled kernels for "amx", "vnni" or "avx2", shared by all that run in this process."""
+    if isa == "amx" and (reason := amx_refusal()) is not None:
+        raise RuntimeError(reason)
+    return Kernels({"amx": AMX, "vnni": VNNI, "avx2": AVX2}[isa])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

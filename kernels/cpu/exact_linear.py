@@ -8,21 +8,22 @@ in the tile (batch invariance).
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .abi import word
+from .abi import word, words
 from .activations import CHUNK
-from .int8_tile import VNNI, _Tile
-from .ir import F16, F32, I32, I64
+from .int8_tile import Tile
+from .ir import F16, F32, I32, I64, Emitter, emit_tiles
+from .isa import VNNI
 from .l16 import GROUP_BYTES
 from .vectors import ELEMENT_BYTES, literal, load_floats
 
 DENSE = 0  # num_bits of a dense weight; its type is the storage kind
 
 
-def _code_vectors(kernel: _Tile, address: ir.Value, scale: ir.Value, zero: ir.Value) -> list[ir.Value]:
+def _code_vectors(kernel: Tile, address: ir.Value, scale: ir.Value, zero: ir.Value) -> list[ir.Value]:
     """The 32 inputs of a group as fp32 vectors over the rows: (code - zero) * scale."""
     emit, builder, lanes = kernel.emit, kernel.builder, kernel.lanes
     vectors = []
@@ -37,37 +38,42 @@ def _code_vectors(kernel: _Tile, address: ir.Value, scale: ir.Value, zero: ir.Va
 
 
 @intrinsic(prefer_literal=True)
-def exact_tile(
+def _exact_tiles(
     typingctx: Any,
     isa: Any,
     num_bits: Any,
     kind: Any,
-    tokens: Any,
     asym: Any,
-    w: Any,
-    ws: Any,
-    wz: Any,
-    x: Any,
-    ldx: Any,
-    y: Any,
-    ldy: Any,
-    groups: Any,
-    accumulate: Any,
+    args: Any,
+    block: Any,
+    begin: Any,
+    count: Any,
 ) -> Any:
-    """One block times ``tokens`` rows of fp32 x (row stride ldx) into y. Groups of 32 inputs."""
-    isa_, bits, code, count, has_zeros = (literal(t) for t in (isa, num_bits, kind, tokens, asym))
-    signature = types.void(isa, num_bits, kind, tokens, asym, *([types.intp] * 9))
+    """One block times ``count`` rows of fp32 x from ``begin`` on; args of the kernel. Groups of 32 inputs."""
+    isa_, bits, code, has_zeros = (literal(t) for t in (isa, num_bits, kind, asym))
+    block_bytes = 32 * 16 * ELEMENT_BYTES[code] if bits == DENSE else GROUP_BYTES[bits]
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        kernel = _Tile(builder, isa_, bits, count)
-        for half in range(16 // kernel.lanes):
-            _emit_exact(kernel, half, code, bool(has_zeros), arguments[5:])
+        args, block, begin, count = arguments[4:]
+        emit = Emitter(builder)
+        w, ws, wz, x, ldx, _, y, ldy, groups, _, accumulate = words(emit, args, 11)
+        at = builder.mul(block, groups)
+        w = emit.offset(w, emit.scaled(at, block_bytes))
+        ws, wz = (emit.offset(base, emit.scaled(at, 32)) for base in (ws, wz))
+        y = emit.offset(y, emit.scaled(block, 64))
+        for tokens, first in emit_tiles(builder, count, (6, 2) if isa_ == VNNI else (3,)):
+            m = emit.scaled(builder.add(begin, first), 4)
+            a, out = emit.offset(x, builder.mul(m, ldx)), emit.offset(y, builder.mul(m, ldy))
+            kernel = Tile(builder, isa_, bits, tokens)
+            for half in range(16 // kernel.lanes):
+                rest = [w, ws, wz, a, ldx, out, ldy, groups, accumulate]
+                _emit_exact(kernel, half, code, bool(has_zeros), rest)
         return context.get_dummy_value()
 
-    return signature, codegen
+    return types.void(isa, num_bits, kind, asym, *([types.intp] * 4)), codegen
 
 
-def _emit_exact(kernel: _Tile, half: int, kind: int, asym: bool, arguments: list[ir.Value]) -> None:
+def _emit_exact(kernel: Tile, half: int, kind: int, asym: bool, arguments: list[ir.Value]) -> None:
     w, ws, wz, x, ldx, y, ldy, groups, accumulate = arguments
     builder, emit, tokens, lanes = kernel.builder, kernel.emit, kernel.tokens, kernel.lanes
     vector = kernel.float_vector
@@ -102,11 +108,7 @@ def _emit_exact(kernel: _Tile, half: int, kind: int, asym: bool, arguments: list
     for m in range(tokens):
         address = emit.offset(y, emit.scaled(ldy, 4 * m), 4 * lanes * half)
         value = builder.fadd(builder.load(totals[m, 0]), builder.load(totals[m, 1]))
-        with builder.if_else(builder.icmp_signed("!=", accumulate, I64(0))) as (then, otherwise):
-            with then:
-                emit.store(builder.fadd(value, emit.load(vector, address, 4)), address, 4)
-            with otherwise:
-                emit.store(value, address, 4)
+        emit.write_row(value, address, accumulate)
 
 
 def exact_kernel(isa: int, num_bits: int, kind: int, asym: bool) -> Any:
@@ -115,45 +117,14 @@ def exact_kernel(isa: int, num_bits: int, kind: int, asym: bool) -> Any:
     args: values, scales, zeros, x, ldx (floats), address of the number of tokens, y, ldy, groups, blocks,
     accumulate (0 or 1). Blocks of outputs are the unit of threads.
     """
-    big, small = (6, 2) if isa == VNNI else (3, 1)
-    zp = int(asym)  # a literal for ``exact_tile``
-    block_bytes = 32 * 16 * ELEMENT_BYTES[kind] if num_bits == DENSE else GROUP_BYTES[num_bits]
-
-    @njit(nogil=True, error_model="numpy")
-    def block(w, ws, wz, x, ldx, count, y, ldy, groups, accumulate):
-        m = 0
-        while m < count:
-            a = x + m * ldx * 4
-            out = y + m * ldy * 4
-            if m + big <= count:
-                exact_tile(isa, num_bits, kind, big, zp, w, ws, wz, a, ldx, out, ldy, groups, accumulate)
-                m += big
-            elif m + small <= count:
-                exact_tile(isa, num_bits, kind, small, zp, w, ws, wz, a, ldx, out, ldy, groups, accumulate)
-                m += small
-            else:
-                exact_tile(isa, num_bits, kind, 1, zp, w, ws, wz, a, ldx, out, ldy, groups, accumulate)
-                m += 1
+    has_zeros = int(asym)  # a literal for ``_exact_tiles``
 
     def exact(args, thread, num_threads):
-        values = word(args, 0)
-        scales = word(args, 1)
-        zeros = word(args, 2)
-        x = word(args, 3)
-        ldx = word(args, 4)
         tokens = word(word(args, 5), 0)
-        y = word(args, 6)
-        ldy = word(args, 7)
-        groups = word(args, 8)
         blocks = word(args, 9)
-        accumulate = word(args, 10)
-        for m in range(0, tokens, CHUNK):
-            count = min(CHUNK, tokens - m)
+        for begin in range(0, tokens, CHUNK):
+            count = min(CHUNK, tokens - begin)
             for n in range(blocks * thread // num_threads, blocks * (thread + 1) // num_threads):
-                w = values + n * groups * block_bytes
-                ws = scales + n * groups * 32
-                wz = zeros + n * groups * 32
-                out = y + (m * ldy + n * 16) * 4
-                block(w, ws, wz, x + m * ldx * 4, ldx, count, out, ldy, groups, accumulate)
+                _exact_tiles(isa, num_bits, kind, has_zeros, args, n, begin, count)
 
     return exact

@@ -17,16 +17,18 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .ir import F16, F32, I8, I16, I32, I64, Emitter
+from .abi import words
+from .ir import F16, F32, I8, I16, I32, I64, Emitter, emit_tiles
+from .isa import AVX2, TILES, VNNI
 from .l16 import GROUP_BYTES
+from .vectors import literal
 
-AVX2, VNNI = 0, 1
 # Ahead of the read: the hardware's own prefetcher stops at 4 KiB pages. Measured at one token, 2048 is 8 %
 # (int4) to 20 % (int2, 2:4) slower and 12288 no faster (Zen 4; on Granite Rapids all three are alike).
 PREFETCH_BYTES = 6144
 
 
-class _Tile:
+class Tile:
     """Emits the pieces of a tile for one instruction set and bit width."""
 
     def __init__(self, builder: ir.IRBuilder, isa: int, num_bits: int, tokens: int) -> None:
@@ -136,44 +138,35 @@ def _opaque(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return builder.asm(same, "", f"={kind},0", [value], False)
 
 
-def _literal(value: Any) -> int:
-    return int(value.literal_value)
-
-
 @intrinsic(prefer_literal=True)
-def tile(
-    typingctx: Any,
-    isa: Any,
-    num_bits: Any,
-    tokens: Any,
-    asym: Any,
-    w: Any,
-    ws: Any,
-    wz: Any,
-    x8: Any,
-    xs: Any,
-    sums: Any,
-    y: Any,
-    ldy: Any,
-    groups: Any,
-    accumulate: Any,
+def int8_tiles(
+    typingctx: Any, isa: Any, num_bits: Any, asym: Any, args: Any, block: Any, begin: Any, count: Any
 ) -> Any:
-    """One 16-row block of weights times ``tokens`` activation rows into y (row stride ldy floats)."""
-    literals = (isa, num_bits, tokens, asym)
-    if not all(isinstance(t, types.IntegerLiteral) for t in literals):
-        return None
-    isa_, bits, count, zero_points = (_literal(t) for t in literals)
+    """One block of 16 rows times ``count`` activation rows from ``begin`` on; args of ``int8_linear``."""
+    isa_, bits, has_zeros = literal(isa), literal(num_bits), bool(literal(asym))
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        kernel = _Tile(builder, isa_, bits, count)
-        for halves in kernel.passes():
-            _emit_pass(kernel, halves, bool(zero_points), arguments[4:])
+        args, block, begin, count = arguments[3:]
+        emit = Emitter(builder)
+        w, ws, wz, x8, xs, sums, y, _, ldy, groups, _, accumulate = words(emit, args, 12)
+        at = builder.mul(block, groups)
+        w = emit.offset(w, emit.scaled(at, GROUP_BYTES[bits]))
+        ws, wz = (emit.offset(base, emit.scaled(at, 32)) for base in (ws, wz))
+        y = emit.offset(y, emit.scaled(block, 64))
+        for tokens, first in emit_tiles(builder, count, TILES[isa_]):
+            m = builder.add(begin, first)
+            at = builder.mul(m, groups)
+            x = [emit.offset(base, emit.scaled(at, size)) for base, size in ((x8, 32), (xs, 4), (sums, 4))]
+            out = emit.offset(y, emit.scaled(builder.mul(m, ldy), 4))
+            kernel = Tile(builder, isa_, bits, tokens)
+            for halves in kernel.passes():
+                _emit_pass(kernel, halves, has_zeros, [w, ws, wz, *x, out, ldy, groups, accumulate])
         return context.get_dummy_value()
 
-    return types.void(*literals, *([types.intp] * 10)), codegen
+    return types.void(isa, num_bits, asym, *([types.intp] * 4)), codegen
 
 
-def _emit_pass(kernel: _Tile, halves: list[int], asym: bool, arguments: list[ir.Value]) -> None:
+def _emit_pass(kernel: Tile, halves: list[int], asym: bool, arguments: list[ir.Value]) -> None:
     w, ws, wz, x8, xs, sums, y, ldy, groups, accumulate = arguments
     builder, emit, tokens, lanes = kernel.builder, kernel.emit, kernel.tokens, kernel.lanes
     nothing = ir.Constant(kernel.int_vector, [0] * lanes)
@@ -211,15 +204,10 @@ def _emit_pass(kernel: _Tile, halves: list[int], asym: bool, arguments: list[ir.
     for m in range(tokens):
         for h, slot in zip(halves, totals[m], strict=True):
             address = emit.offset(y, emit.scaled(ldy, 4 * m), 4 * lanes * h)
-            value = builder.load(slot)
-            with builder.if_else(builder.icmp_signed("!=", accumulate, I64(0))) as (then, otherwise):
-                with then:
-                    emit.store(builder.fadd(value, emit.load(kernel.float_vector, address, 4)), address, 4)
-                with otherwise:
-                    emit.store(value, address, 4)
+            emit.write_row(builder.load(slot), address, accumulate)
 
 
-def _totals(kernel: _Tile, halves: int) -> list[list[ir.Value]]:
+def _totals(kernel: Tile, halves: int) -> list[list[ir.Value]]:
     """Pointers to the sums over groups, zeroed, by token and half.
 
     AVX2's 16 registers hold the sums within a group, these are in memory. Left to itself LLVM spills the

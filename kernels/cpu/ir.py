@@ -4,6 +4,8 @@ Addresses are 64-bit integers, so that kernels take plain pointers and can be ca
 without the interpreter lock.
 """
 
+from collections.abc import Iterator
+
 from llvmlite import binding as llvm
 from llvmlite import ir
 from numba.core import cgutils, config
@@ -32,7 +34,22 @@ def _passes_by_outer_caches() -> bool:
     """Whether ``prefetchnta`` is for code that runs here: int4 at one token is 1 to 9 % faster with it on
     Zen 4, and takes 1.9 times as long on Granite Rapids.
     """
-    return (config.CPU_NAME or llvm.get_host_cpu_name()).startswith("znver")
+    return (getattr(config, "CPU_NAME", None) or llvm.get_host_cpu_name()).startswith("znver")
+
+
+def emit_tiles(
+    builder: ir.IRBuilder, count: ir.Value, sizes: tuple[int, ...]
+) -> Iterator[tuple[int, ir.Value]]:
+    """Loops over ``count`` rows in tiles of ``sizes``, largest first, and of 1: the size and the first row.
+
+    The body is emitted once for every size.
+    """
+    start: ir.Value = I64(0)
+    for size in (*sizes, 1):
+        number = builder.sdiv(builder.sub(count, start), I64(size))
+        with cgutils.for_range(builder, number) as loop:
+            yield size, builder.add(start, builder.mul(loop.index, I64(size)))
+        start = builder.add(start, builder.mul(number, I64(size)))
 
 
 class Emitter:
@@ -84,11 +101,20 @@ class Emitter:
         """a * b + c, rounded once; vectors of fp32."""
         return self.call(f"llvm.fma.v{a.type.count}f32", a.type, [a, b, c])
 
-    def prefetch(self, address: ir.Value, keep: bool = True) -> None:
-        """Ask for the cache line at an address, to read; not ``keep``: once, past the outer caches."""
+    def write_row(self, value: ir.Value, address: ir.Value, accumulate: ir.Value) -> None:
+        """Store a vector of fp32, added to what is there if ``accumulate``."""
+        builder = self.builder
+        with builder.if_else(builder.icmp_signed("!=", accumulate, I64(0))) as (then, otherwise):
+            with then:
+                self.store(builder.fadd(value, self.load(value.type, address, 4)), address, 4)
+            with otherwise:
+                self.store(value, address, 4)
+
+    def prefetch(self, address: ir.Value, keep: bool = True, write: bool = False) -> None:
+        """Ask for the cache line at an address, to read or write; not ``keep``: past the outer caches."""
         pointer = self.builder.inttoptr(address, ir.PointerType(I8))
         locality = 3 if keep or not _passes_by_outer_caches() else 0
-        self.call("llvm.prefetch.p0", ir.VoidType(), [pointer, I32(0), I32(locality), I32(1)])
+        self.call("llvm.prefetch.p0", ir.VoidType(), [pointer, I32(int(write)), I32(locality), I32(1)])
 
     def shifted_bytes(self, vector: ir.Value, bits: int) -> ir.Value:
         """Bytes shifted right by ``bits`` (left if negative); bits from the neighbour byte come in, so mask.

@@ -9,21 +9,32 @@ import torch
 
 from ..dispatch import PackedLinear, Target, WeightTraits
 from ..layout import PackedWeight
+from .amx_permission import amx_refusal
 
 _FP16_MAX = 65504.0
 _FP16_ROUNDING = 2.0**-11  # of a scale that is no subnormal of fp16
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _VNNI = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}) | _AVX2
+_AMX = frozenset({"amx_tile", "amx_int8", "gfni"}) | _VNNI
 
 
 def instruction_set(target: Target) -> str | None:
-    """The best of "vnni" and "avx2" that the CPU has and ``target.cpu_kernels`` allows."""
+    """The best of "amx", "vnni" and "avx2" that the CPU has and ``target.cpu_kernels`` allows."""
     features = target.cpu_features
+    if target.cpu_kernels in ("auto", "amx") and features >= _AMX and amx_refusal() is None:
+        return "amx"
     if target.cpu_kernels in ("auto", "vnni") and features >= _VNNI:
         return "vnni"
     if target.cpu_kernels in ("auto", "avx2") and features >= _AVX2:
         return "avx2"
     return None
+
+
+def passed_over(target: Target) -> str | None:
+    """What to tell of a better instruction set that the CPU has and the operating system withholds."""
+    if target.cpu_kernels != "auto" or not target.cpu_features >= _AMX or (reason := amx_refusal()) is None:
+        return None
+    return f"AMX is not used: {reason}"
 
 
 def why_not(target: Target) -> str | None:
@@ -35,6 +46,8 @@ def why_not(target: Target) -> str | None:
     if find_spec("numba") is None:
         return "numba is not installed"
     if instruction_set(target) is None:
+        if target.cpu_kernels == "amx" and target.cpu_features >= _AMX:
+            return amx_refusal()
         return f"the CPU lacks what --cpu-kernels {target.cpu_kernels} needs"
     return None
 
@@ -46,7 +59,7 @@ def bf16_refusal(target: Target) -> str | None:
         return reason
     if "avx512_bf16" not in target.cpu_features:
         return "the CPU lacks AVX512-BF16 (avx512_bf16)"
-    if instruction_set(target) != "vnni":
+    if instruction_set(target) not in ("amx", "vnni"):
         return f"it needs AVX-512, --cpu-kernels {target.cpu_kernels} excludes that"
     return None
 

@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from ..layout import SparseOverlay
 from .abi import word
 from .activations import CHUNK, row_share
-from .int8_tile import VNNI
 from .ir import F16, F32, I16, I32, I64, Emitter
+from .isa import VNNI
 from .l16 import ROWS, padded
 from .vectors import literal, load_f32, load_i32, store_f32
 

@@ -16,7 +16,7 @@ from numba import njit
 
 from .abi import word
 from .exponentials import exp_f32, row_max, scale_row, softmax_weights
-from .int8_tile import VNNI
+from .isa import VNNI
 from .vectors import ELEMENT_BYTES, load_f32, load_i32, scores, store_f32, weighted_sum
 
 CHUNK = 128

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import bf16_linear, exact_linear, int8_linear, overlay, paged_attention, rows, sparse24
+from . import amx_tile, bf16_linear, exact_linear, int8_linear, overlay, paged_attention, rows, sparse24
 from .abi import compile_kernel
 from .activations import OCTETS, PAIRS, QUADS, quantize_kernel
+from .isa import AMX, TILES, vectors_of
 from .l16 import GROUP, ROWS, padded
-from .tape import BY_COLUMNS, BY_HEADS, BY_ROWS, Call, Inputs, Scratch, Tape, build_tape
+from .tape import BY_COLUMNS, BY_HEADS, BY_ROWS, Call, Inputs, Scratch, ScratchBytes, Tape, build_tape
 from .vectors import FLOAT32
 from .weights import KINDS, DenseWeight, LowBitWeight
 
@@ -21,7 +22,7 @@ class Kernels:
     """Compiled kernels for one instruction set, by what they are compiled for."""
 
     def __init__(self, isa: int) -> None:
-        self.isa = isa
+        self.isa, self.vectors = isa, vectors_of(isa)
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def get(self, make: Callable[..., Any], *traits: Any) -> Any:
@@ -68,7 +69,7 @@ class Recorder:
 
     def finish(self, output: Tensor) -> Tape:
         """The tape that computes ``output``."""
-        return build_tape(self._calls, output, self._scratch_bytes)
+        return build_tape(self._calls, output, self._scratch_bytes, self._num_threads)
 
     def embedding(self, token_ids: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
         """See reference; the token ids are the inputs'."""
@@ -132,7 +133,7 @@ class Recorder:
         self._call(kernel, (k, _ld(k), v, _ld(v), *pages, group_inputs.slots, tokens, kv_heads), BY_ROWS)
         out = self.buffer(heads * dim)
         group = heads // kv_heads
-        traits = (self.kernels.isa, kind, group, dim, cache.block_size)
+        traits = (self.kernels.vectors, kind, group, dim, cache.block_size)
         kernel = self.kernels.get(paged_attention.attention_kernel, *traits)
         scratch = self._scratch(4 * paged_attention.scratch_floats(group, dim))
         spans = (group_inputs.spans, group_inputs.num_spans, kv_heads, cache.window or 0)
@@ -153,7 +154,7 @@ class Recorder:
         return out
 
     def _part(self, weight: LowBitWeight | DenseWeight, x: Tensor, out: Tensor, activations: str) -> None:
-        isa, tokens = self.kernels.isa, self.inputs.tokens
+        isa, tokens = self.kernels.vectors, self.inputs.tokens
         if weight.bias is not None:
             args: tuple[Any, ...] = (weight.bias, weight.blocks * ROWS, out, _ld(out), tokens)
             self._call(self.kernels.get(rows.bias_kernel), args, BY_ROWS)
@@ -176,7 +177,7 @@ class Recorder:
         self, weight: LowBitWeight, x: Tensor, out: Tensor, activations: str
     ) -> tuple[Any, tuple[Any, ...]]:
         """The kernel of a low-bit weight and its arguments."""
-        get, isa, tokens = self.kernels.get, self.kernels.isa, self.inputs.tokens
+        get, isa, tokens = self.kernels.get, self.kernels.vectors, self.inputs.tokens
         bits, asym = weight.num_bits, weight.zeros is not None
         weights = (weight.codes, weight.scales, weight.zeros if asym else 0)
         shape = (weight.groups, weight.blocks, int(weight.bias is not None))
@@ -185,8 +186,11 @@ class Recorder:
             assert activations == "int8"
             return get(sparse24.kernel_24, isa), (*weights[:2], *self._rounded(weight, x, OCTETS)[:2], *y)
         if activations == "int8":
-            kernel = get(int8_linear.int8_kernel, isa, bits, asym)
-            return kernel, (*weights, *self._rounded(weight, x, QUADS), *y)
+            rounded = (*weights, *self._rounded(weight, x, QUADS), *y)
+            if self.kernels.isa != AMX:
+                return get(int8_linear.int8_kernel, isa, bits, asym), rounded
+            kernel = get(int8_linear.amx_kernel, bits, amx_tile.kind_of(bits, weight.zeros))
+            return kernel, (*rounded, *self._scratch(amx_tile.SCRATCH_BYTES))
         if activations == "bf16":
             pairs, _, sums = self._rounded(weight, x, PAIRS)
             return get(bf16_linear.bf16_kernel, bits, asym), (*weights, pairs, sums, *y)
@@ -197,7 +201,7 @@ class Recorder:
 
     def _overlay(self, weight: overlay.OverlayWeight, x: Tensor, out: Tensor, blocks: int) -> Call:
         """The call that adds residuals, each thread to the outputs that it computed itself."""
-        kernel = self.kernels.get(overlay.overlay_kernel, self.kernels.isa, weight.wide)
+        kernel = self.kernels.get(overlay.overlay_kernel, self.kernels.vectors, weight.wide)
         head = (x, _ld(x), x.shape[1], self._tiled(x), self.inputs.tokens, out, _ld(out), blocks)
         return Call(kernel, (*head, *weight.arrays, *self._scratch(4 * ROWS)), BY_COLUMNS, follows=True)
 
@@ -219,13 +223,13 @@ class Recorder:
         key = (*_identity(x), form, offset, None if weight.perm is None else weight.perm.tobytes())
         if key not in self._quantized:
             groups = weight.groups
-            tiles = bf16_linear.TILES if form == PAIRS else int8_linear.TILES[self.kernels.isa]
+            isa = self.kernels.isa if form == QUADS else self.kernels.vectors
             words = groups * GROUP // (2 if form == PAIRS else 4)
             rounded = (self.buffer(words), self.buffer(groups), self.buffer(groups))
             perm = 0 if weight.perm is None else weight.perm
             head = (x, _ld(x), weight.in_features, groups, self.inputs.tokens, *rounded)
-            args = (*head, offset, perm, *self._scratch(tiles[0] * groups * GROUP * 4))
-            self._call(self.kernels.get(quantize_kernel, tiles, form), args, BY_ROWS)
+            args = (*head, offset, perm, *self._scratch(TILES[isa][0] * groups * GROUP * 4))
+            self._call(self.kernels.get(quantize_kernel, isa, form), args, BY_ROWS)
             self._quantized[key] = rounded
         return self._quantized[key]
 
@@ -239,10 +243,9 @@ class Recorder:
         self._call(self.kernels.get(rows.gather_kernel), args, BY_ROWS)
         return out
 
-    def _scratch(self, bytes_per_thread: int) -> tuple[Scratch, int]:
-        per_thread = padded(bytes_per_thread, 64)
-        self._scratch_bytes = max(self._scratch_bytes, per_thread * self._num_threads)
-        return Scratch(), per_thread
+    def _scratch(self, bytes_per_thread: int) -> tuple[Scratch, ScratchBytes]:
+        self._scratch_bytes = max(self._scratch_bytes, padded(bytes_per_thread, 64))
+        return Scratch(), ScratchBytes()
 
     def _call(self, kernel: Any, args: tuple[Any, ...], split: int) -> None:
         self._calls.append(Call(kernel, args, split))

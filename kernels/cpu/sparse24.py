@@ -23,11 +23,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from .abi import word
+from .abi import word, words
 from .activations import CHUNK
-from .int8_linear import TILES
-from .int8_tile import PREFETCH_BYTES, VNNI
-from .ir import F16, F32, I8, I16, I32, I64, Emitter
+from .int8_tile import PREFETCH_BYTES
+from .ir import F16, F32, I8, I16, I32, I64, Emitter, emit_tiles
+from .isa import TILES, VNNI
 from .l16 import GROUP, ROWS
 from .vectors import literal
 
@@ -136,31 +136,29 @@ class _Tile:
 
 
 @intrinsic(prefer_literal=True)
-def tile_24(
-    typingctx: Any,
-    isa: Any,
-    tokens: Any,
-    w: Any,
-    ws: Any,
-    x8: Any,
-    xs: Any,
-    y: Any,
-    ldy: Any,
-    groups: Any,
-    accumulate: Any,
-) -> Any:
-    """One 16-row block of weights times ``tokens`` activation rows into y (row stride ldy floats)."""
-    isa_, count = literal(isa), literal(tokens)
+def _tiles_24(typingctx: Any, isa: Any, args: Any, block: Any, begin: Any, count: Any) -> Any:
+    """One block of 16 rows times ``count`` activation rows from ``begin`` on; args of the kernel."""
+    isa_ = literal(isa)
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        kernel = _Tile(builder, isa_, count)
-        halves = 16 // kernel.lanes
-        together = [list(range(halves))] if count == 1 else [[half] for half in range(halves)]
-        for part in together:
-            _emit_pass(kernel, part, arguments[2:])
+        args, block, begin, count = arguments[1:]
+        emit = Emitter(builder)
+        w, ws, x8, xs, y, _, ldy, groups, _, accumulate = words(emit, args, 10)
+        at = builder.mul(block, groups)
+        w, ws = emit.offset(w, emit.scaled(at, GROUP_BYTES_24)), emit.offset(ws, emit.scaled(at, 32))
+        y = emit.offset(y, emit.scaled(block, 64))
+        for tokens, first in emit_tiles(builder, count, TILES[isa_]):
+            m = builder.add(begin, first)
+            at = builder.mul(m, groups)
+            x = [emit.offset(base, emit.scaled(at, size)) for base, size in ((x8, 32), (xs, 4))]
+            out = emit.offset(y, emit.scaled(builder.mul(m, ldy), 4))
+            kernel = _Tile(builder, isa_, tokens)
+            halves = list(range(16 // kernel.lanes))
+            for part in [halves] if tokens == 1 else [[half] for half in halves]:
+                _emit_pass(kernel, part, [w, ws, *x, out, ldy, groups, accumulate])
         return context.get_dummy_value()
 
-    return types.void(isa, tokens, *([types.intp] * 8)), codegen
+    return types.void(isa, *([types.intp] * 4)), codegen
 
 
 def _emit_pass(kernel: _Tile, halves: list[int], arguments: list[ir.Value]) -> None:
@@ -196,12 +194,7 @@ def _emit_pass(kernel: _Tile, halves: list[int], arguments: list[ir.Value]) -> N
                 builder.store(emit.fma(factor, value, builder.load(totals[h, m])), totals[h, m])
     for (h, m), slot in totals.items():
         address = emit.offset(y, emit.scaled(ldy, 4 * m), 4 * lanes * h)
-        value = builder.load(slot)
-        with builder.if_else(builder.icmp_signed("!=", accumulate, I64(0))) as (then, otherwise):
-            with then:
-                emit.store(builder.fadd(value, emit.load(kernel.floats, address, 4)), address, 4)
-            with otherwise:
-                emit.store(value, address, 4)
+        emit.write_row(builder.load(slot), address, accumulate)
 
 
 def kernel_24(isa: int) -> Any:
@@ -210,40 +203,13 @@ def kernel_24(isa: int) -> Any:
     args: codes, scales, x8 (+ 128, in octets), xs, y, address of the number of tokens, ldy (floats), groups,
     blocks, accumulate (0 or 1).
     """
-    big, mid, small = TILES[isa]
 
     def int4_24(args, thread, num_threads):
-        codes = word(args, 0)
-        scales = word(args, 1)
-        x8 = word(args, 2)
-        xs = word(args, 3)
-        y = word(args, 4)
         tokens = word(word(args, 5), 0)
-        ldy = word(args, 6)
-        groups = word(args, 7)
         blocks = word(args, 8)
-        accumulate = word(args, 9)
         for begin in range(0, tokens, CHUNK):
-            end = min(tokens, begin + CHUNK)
+            count = min(CHUNK, tokens - begin)
             for n in range(blocks * thread // num_threads, blocks * (thread + 1) // num_threads):
-                w = codes + n * groups * GROUP_BYTES_24
-                ws = scales + n * groups * 32
-                m = begin
-                while m < end:
-                    a = x8 + m * groups * 32
-                    b = xs + m * groups * 4
-                    out = y + (m * ldy + n * 16) * 4
-                    if m + big <= end:
-                        tile_24(isa, big, w, ws, a, b, out, ldy, groups, accumulate)
-                        m += big
-                    elif m + mid <= end:
-                        tile_24(isa, mid, w, ws, a, b, out, ldy, groups, accumulate)
-                        m += mid
-                    elif m + small <= end:
-                        tile_24(isa, small, w, ws, a, b, out, ldy, groups, accumulate)
-                        m += small
-                    else:
-                        tile_24(isa, 1, w, ws, a, b, out, ldy, groups, accumulate)
-                        m += 1
+                _tiles_24(isa, args, n, begin, count)
 
     return int4_24

@@ -21,7 +21,11 @@ _ALIGN = 64  # bytes: a cache line
 
 
 class Scratch:
-    """Stands, in a call's arguments, for memory that every call may overwrite."""
+    """Stands, in a call's arguments, for memory that every call may overwrite: a part for each thread."""
+
+
+class ScratchBytes:
+    """Stands for the bytes of a thread's part. One size for all calls: threads may be at different ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +79,23 @@ class Tape:
         pool.run(self.records, len(self.records))
 
 
-def build_tape(calls: Sequence[Call], output: Tensor, scratch_bytes: int) -> Tape:
-    """Place the buffers in one arena, sharing memory between those whose lives do not overlap."""
+def build_tape(calls: Sequence[Call], output: Tensor, scratch_bytes: int, num_threads: int) -> Tape:
+    """Place the buffers in one arena, sharing memory between those whose lives do not overlap.
+
+    scratch_bytes: of one thread, whole cache lines.
+    """
     lives, sizes = _lives(calls, output)
     places, total = _place(lives, sizes)
     arena, base = _aligned(total)
-    scratch, scratch_base = _aligned(scratch_bytes)
+    scratch, scratch_base = _aligned(scratch_bytes * num_threads)
 
     def address(arg: Any) -> int:
         if isinstance(arg, int):
             return arg
         if isinstance(arg, Scratch):
             return scratch_base
+        if isinstance(arg, ScratchBytes):
+            return scratch_bytes
         if isinstance(arg, Tensor):
             if arg.is_meta:
                 return base + places[_storage(arg)] + int(arg.storage_offset()) * arg.element_size()

@@ -172,7 +172,9 @@ def test_two_runs_give_equal_traces(lag: int) -> None:
 
 FEATURES = cpu_features()
 ISAS = [
-    isa for isa in ("avx2", "vnni") if instruction_set(Target(cpu_features=FEATURES, cpu_kernels=isa)) == isa
+    isa
+    for isa in ("avx2", "vnni", "amx")
+    if instruction_set(Target(cpu_features=FEATURES, cpu_kernels=isa)) == isa
 ]
 BROKEN = 90  # a token whose embedding overflows
 NEAR_TIE = 1e-4

@@ -38,9 +38,11 @@ from torch import Tensor
 
 FEATURES = cpu_features()
 ISAS = [
-    isa for isa in ("avx2", "vnni") if instruction_set(Target(cpu_features=FEATURES, cpu_kernels=isa)) == isa
+    isa
+    for isa in ("avx2", "vnni", "amx")
+    if instruction_set(Target(cpu_features=FEATURES, cpu_kernels=isa)) == isa
 ]
-BF16 = ISAS[-1:] == ["vnni"] and "avx512_bf16" in FEATURES
+BF16 = "vnni" in ISAS and "avx512_bf16" in FEATURES
 MODES = [(isa, activations) for isa in ISAS for activations in ("int8", "fp32")] + [("vnni", "bf16")] * BF16
 pytestmark = pytest.mark.skipif(not ISAS, reason="the CPU has neither AVX2 nor AVX-512 VNNI")
 TOKENS = (*range(1, 65), 119, 120, 121, 131)
@@ -176,7 +178,8 @@ def rounded(weight: PackedWeight, x: Tensor) -> Tensor:
         for places in (group == index).nonzero()[:, 0].split(32):
             if len(places):
                 top = x[:, places].abs().amax(1, keepdim=True).clamp(min=1e-20)
-                codes = (x[:, places] * (127 / top)).round()  # to even, as rint
+                # Torch makes 127 / top a product with the reciprocal, which may turn a tie.
+                codes = (x[:, places] * torch.full_like(top, 127).div(top)).round()  # to even, as rint
                 seen[:, places] = codes.double() * (top * (1 / 127)).double()
     return seen
 

@@ -18,7 +18,9 @@ from torch import Tensor
 
 FEATURES = cpu_features()
 ISAS = [
-    isa for isa in ("avx2", "vnni") if instruction_set(Target(cpu_features=FEATURES, cpu_kernels=isa)) == isa
+    isa
+    for isa in ("avx2", "vnni", "amx")
+    if instruction_set(Target(cpu_features=FEATURES, cpu_kernels=isa)) == isa
 ]
 pytestmark = pytest.mark.skipif(not ISAS, reason="the CPU has neither AVX2 nor AVX-512 VNNI")
 

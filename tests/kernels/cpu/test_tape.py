@@ -16,9 +16,11 @@ from torch import Tensor
 
 FEATURES = cpu_features()
 ISAS = [
-    isa for isa in ("avx2", "vnni") if instruction_set(Target(cpu_features=FEATURES, cpu_kernels=isa)) == isa
+    isa
+    for isa in ("avx2", "vnni", "amx")
+    if instruction_set(Target(cpu_features=FEATURES, cpu_kernels=isa)) == isa
 ]
-BF16 = ISAS[-1:] == ["vnni"] and "avx512_bf16" in FEATURES
+BF16 = "vnni" in ISAS and "avx512_bf16" in FEATURES
 MODES = [(isa, activations) for isa in ISAS for activations in ("int8", "fp32")] + [("vnni", "bf16")] * BF16
 pytestmark = pytest.mark.skipif(not ISAS, reason="the CPU has neither AVX2 nor AVX-512 VNNI")
 

@@ -30,6 +30,19 @@ def kernels(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_a_result_that_is_no_number_is_wrong(kernels: ModuleType) -> None:
     errors = [{"error": 1e-3}, {"error": 2e-2}, {"error": float("nan")}, {"error": float("inf")}, {}]
     assert kernels.wrong_rows(errors) == errors[1:4]
+    single = [{"error": 1e-3, "worst": worst} for worst in (9e-3, 2e-2, float("nan"))]
+    assert kernels.wrong_rows(single) == single[1:]
+
+
+def test_one_wrong_result_is_seen_where_a_norm_sees_none(kernels: ModuleType) -> None:
+    rng = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 512, generator=rng, dtype=torch.float64) for n in (64, 3000))
+    exact = x @ weight.T
+    out = (x @ weight.bfloat16().double().T).bfloat16()
+    assert kernels.worst_element(x, weight, out, exact) < kernels.TOLERANCE
+    out[5, -3] = 0.5 * exact[5, -3]  # among the outputs that are always looked at
+    assert float((out.double() - exact).norm() / exact.norm()) < kernels.TOLERANCE
+    assert kernels.worst_element(x, weight, out, exact) > kernels.TOLERANCE
 
 
 @pytest.mark.parametrize("lost", [False, True])

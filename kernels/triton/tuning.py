@@ -38,7 +38,7 @@ SIZES: dict[int | None, tuple[Shape, ...]] = {
 # Tiles' outputs, warps, stages and programs a multiprocessor that are tried, in all combinations that fit.
 _GRIDS: dict[str, tuple[tuple[int, ...], ...]] = {
     "mma": ((64, 128, 256), (4, 8), (2, 3, 4, 6), (1, 2, 4)),
-    "sparse24": ((64, 128), (4, 8), (3, 4, 6), (1, 2, 4)),
+    "sparse24": ((64, 128, 256), (4, 8), (3, 4, 6), (1, 2, 4)),
     "tile": ((64, 128, 256), (4, 8), (2, 3, 4), (1, 2)),
 }
 

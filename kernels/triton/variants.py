@@ -58,13 +58,14 @@ class _Kind:
 
 
 # Instructions per weight in the main loop, at most, by kernel and tokens of a tile: the most seen of any
-# target with 2 to 8 bits in fp16 and one scale per 128, and at most a tenth more. gfx942 has no such count.
+# target with 2 to 4 bits in fp16 and one scale per 128, and at most a tenth more. gfx942 has no such count.
 _BUDGET = {
-    "mma": {8: 2.5, 16: 2.5, 32: 2.9, 64: 4.6, 128: 6.3},
-    "tile": {16: 0.0, 64: 3.8, 128: 4.9},
-    "sparse24": {8: 2.0, 16: 2.2, 32: 2.8, 64: 3.7},
+    "mma": {8: 2.2, 16: 2.3, 32: 2.8, 64: 4.0, 128: 6.3},
+    "tile": {16: 0.0, 64: 3.2, 128: 4.9},
+    "sparse24": {8: 1.7, 16: 1.65, 32: 2.05, 64: 3.5},
 }
 _SOME = ("sm_80", "sm_90", "gfx942")
+_WORKSTATION = ("sm_120",)  # mma.sync within 99 KiB, as sm_89: the tiles of 4 bits only
 
 
 def variants() -> list[Variant]:
@@ -83,15 +84,19 @@ def variants() -> list[Variant]:
         found += _launched(kind, 64, _SOME) + _launched(kind, 128, _SOME)
     for tokens in (16, 64, 128):
         found += _launched(_Kind(2), tokens, ("sm_90",)) + _launched(_Kind(8), tokens, ("sm_90",))
+    for tokens in TOKENS:
+        found += _launched(plain, tokens, _WORKSTATION)
+    for tokens in (16, 32, 64):
+        found += _launched(_Kind(8), tokens, ("sm_89",))  # tiles of their own: 99 KiB
     found += _launched(plain, 64, ("sm_90",), rows=NARROW_ROWS)
     for tokens in (64, 128):
         found += _launched(_Kind(4, "fp16", 32, zeros=True), tokens, ("sm_90",))
     for bits in (4, 16):
         for dtype in ("fp16", "bf16"):
             found += _sparse24(bits, dtype, 8, TARGETS[:5])
-    found += _sparse24(4, "fp16", 64, ("sm_80", "sm_90"))
-    for tokens in (16, 32):
-        found += _sparse24(4, "fp16", tokens, ("sm_90",))
+    for tokens in (16, 32, 64):
+        found += _sparse24(4, "fp16", tokens, ("sm_80", "sm_90"))
+    found += _sparse24(4, "fp16", 8, _WORKSTATION)
     found += _sparse24(4, "fp16", 8, ("sm_90",), group=32)
     found += _helpers()
     return list({v.name + str(v.targets): v for v in found}.values())
@@ -137,7 +142,7 @@ def _sparse24(
             mma=dict.fromkeys(targets, "HMMA.SP.16832"),
             decode=True,
             weights=launch.BN * 128 / (32 * launch.warps),
-            budget=round(_BUDGET["sparse24"][launch.BM] - 0.7 * (bits == 16) + 0.2 * (128 / group - 1), 2),
+            budget=round(_BUDGET["sparse24"][launch.BM] - 0.4 * (bits == 16) + 0.2 * (128 / group - 1), 2),
             bits=3 + 16 / group if bits == 4 else 9,
         )
     ]
@@ -184,7 +189,10 @@ def _variant(kind: _Kind, launch: Launch, targets: list[str], fitted: str) -> Va
     per_group = 16 + kind.bits * kind.zeros
     # bf16 has three shifts more in a word, 8-bit bf16 two mantissas; scales and zeros cost by the group.
     extra = 0.3 * (kind.dtype == "bf16") * (2 if kind.bits == 8 else 1)
-    extra += 0.3 * bool(fitted)  # half the weights for the same activations
+    extra += 0.3 * (kind.bits == 8 and gluon)
+    if launch.BM == 64:
+        extra += (0.2 if gluon else 0.27) * (256 / launch.BN - 1)  # fewer weights for the same activations
+        extra += 0.75 * (kind.bits == 3 and not gluon)  # words of two thirds of the copies' width
     scale, zero = (0.2, 0.15) if gluon else (0.3, 0.3)
     extra += (scale + zero * kind.zeros) * (128 / kind.group - 1 if kind.group else 0) + 0.1 * kind.zeros
     return Variant(

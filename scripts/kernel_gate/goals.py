@@ -12,9 +12,9 @@ from .shapes import SHAPES
 TARGET = "sm_90"
 GROUP = 128
 LEVERS = {
-    "L2": "activations are read from L2 by every tile of outputs: tiles of 256 outputs, or clusters of "
-    "blocks that get them by TMA multicast",
-    "SM port": "as L2, for one SM: tiles of 256 outputs, or TMA multicast",
+    "L2": "activations are read from L2 by every tile of outputs: clusters of blocks that get them by TMA "
+    "multicast",
+    "SM port": "as L2, for one SM: TMA multicast",
     "SM loads": "too few bytes on their way: more stages or programs for each SM",
     "SM issue": "instructions of one SM: fewer for each weight, or wgmma",
     "memory": "the fixed time of a launch: programmatic dependent launches that overlap",

@@ -61,10 +61,10 @@ def _loop_rules(variant: Variant, found: Mapping[str, Any]) -> list[str]:
 def _scales_of_parts(variant: Variant, narrow: list[str], loop: Loop, weights: float) -> bool:
     """Whether narrow copies can be scales, which are exempt where a group is less than a step's 128 inputs.
 
-    Scales lie by rows, so a lane's are 4 bytes. Copied once for each 16 inputs of a row they are 2 bytes for
-    16 weights: so many bytes at most, a quarter of what 4-bit words copy.
+    Scales lie by rows, so a lane's are 4 or 8 bytes. Copied once for each 16 inputs of a row they are 2 bytes
+    for 16 weights, a quarter of what 4-bit words copy: so many bytes at most, half as many more for zeros.
     """
     if not 0 < variant.constexprs.get("GROUP", 0) < 128:
         return False
-    four_bytes = all({"64", "128"}.isdisjoint(name.split(".")) for name in narrow)
-    return four_bytes and 4 * sum(loop.opcodes[name] for name in narrow) <= weights / 8
+    copied = sum((8 if "64" in name.split(".") else 4) * loop.opcodes[name] for name in narrow)
+    return copied <= weights / 8 * (1.5 if variant.constexprs.get("ZEROS") else 1)

@@ -43,7 +43,15 @@ def test_every_kernel_passes_on_every_target(root: Path, tmp_path: Path) -> None
     failed = [line for line in output.splitlines() if line.startswith("FAILS")]
     assert not failed, "\n".join(failed)
     assert code == 0, output
-    assert {v["target"] for v in verdicts} == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942"}
+    assert {v["target"] for v in verdicts} == {
+        "sm_80",
+        "sm_86",
+        "sm_89",
+        "sm_90",
+        "sm_100",
+        "sm_120",
+        "gfx942",
+    }
 
 
 def test_each_planted_fault_is_found(root: Path, tmp_path: Path) -> None:

@@ -169,11 +169,15 @@ def test_rules_on_counts() -> None:
     assert "narrow copies" in broken(LDGSTS_E_LTC128B_64=1)
     assert broken(bits=3, LDGSTS_E_LTC128B_64=1) == ""
     assert "the budget is 3.0" in broken(IMAD=300)
-    # Scales of parts of a step may be narrow, by 4 bytes, a byte for 8 weights at most: of 64, two copies.
+    # Scales of parts of a step may be narrow, a byte for 8 weights at most (of 64, 8), with zeros 12.
     variant = replace(variant, constexprs=variant.constexprs | {"GROUP": 32})
     assert broken(LDGSTS_E=2) == ""
     assert "narrow copies" in broken(LDGSTS_E=3)
-    assert "narrow copies" in broken(LDGSTS_E_64=1)
+    assert broken(LDGSTS_E_64=1) == ""
+    assert "narrow copies" in broken(LDGSTS_E_64=1, LDGSTS_E=1)
+    variant = replace(variant, constexprs=variant.constexprs | {"ZEROS": True})
+    assert broken(LDGSTS_E_64=1, LDGSTS_E=1) == ""
+    assert "narrow copies" in broken(LDGSTS_E_64=2)
     for group in (0, 128):
         variant = replace(variant, constexprs=variant.constexprs | {"GROUP": group})
         assert "narrow copies" in broken(LDGSTS_E=2)

@@ -137,7 +137,7 @@ def test_an_overlay_is_added_by_kernels_up_to_64_tokens(architecture: str) -> No
 
 
 def test_a_gpus_own_rules_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = {"shape": [4096, 4096], "tokens": 8, "kernel": "mma", "BM": 8, "BN": 128, "warps": 4, "stages": 2}
+    mine = {"shape": [4096, 4096], "tokens": 8, "kernel": "mma", "BM": 8, "BN": 64, "warps": 4, "stages": 2}
     package = tmp_path / "tuned"
     package.mkdir()
     (package / "nvidia-h200.json").write_text(json.dumps({"rules": [mine]}))
@@ -146,10 +146,10 @@ def test_a_gpus_own_rules_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for cached in (launch._file, launch.choose):
         cached.cache_clear()
     try:
-        assert choose(H200, 4, (4096, 4096), 5) == Launch("mma", 8, 128, 4, 2)
-        assert choose(H200, 4, (4096, 8192), 5).BN == 64
+        assert choose(H200, 4, (4096, 4096), 5) == Launch("mma", 8, 64, 4, 2)
+        assert choose(H200, 4, (4096, 8192), 5).BN == 128
         assert choose(H200, 4, (4096, 4096), 9).BM == 16
-        assert choose(Machine("NVIDIA H100", "sm_90", 132), 4, (4096, 4096), 5).BN == 64
+        assert choose(Machine("NVIDIA H100", "sm_90", 132), 4, (4096, 4096), 5).BN == 128
     finally:
         for cached in (launch._file, launch.choose):
             cached.cache_clear()

@@ -51,6 +51,7 @@ def test_a_model_compiles_few_kernels_and_once(architecture: str, root: Path, tm
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    # One for each tile of tokens: a bias, another shape or another number of tokens compile nothing more.
-    assert found["count"] == (2 if architecture == "gfx942" else 5), found
+    # One for each tile of tokens, and on NVIDIA's one more of three of them for qkv's 384 outputs, which no
+    # tile of 256 divides: a bias, another shape or another number of tokens compile nothing more.
+    assert found["count"] == (2 if architecture == "gfx942" else 5 + 3), found
     assert found["again"] < found["seconds"] / 3, found

@@ -128,14 +128,14 @@ def test_rules_are_written_read_and_taken(tmp_path: Path) -> None:
     assert overlay.kernel == "dense", "what was tuned without an overlay is not for one"
     assert plain == next(f.default for f in expected if f.bound is None and f.weights is not None)
     assert choose(H200, 8, (4096, 4096), 8) == before
-    assert choose(Machine("NVIDIA H100", "sm_90", 132), 4, (4096, 4096), 8) == Launch("mma", 8, 64, 4, 4, 4)
+    assert choose(Machine("NVIDIA H100", "sm_90", 132), 4, (4096, 4096), 8) == Launch("mma", 8, 128, 4, 4, 2)
 
 
 @pytest.mark.usefixtures("no_users_rules")
 def test_a_tuned_model_needs_at_most_16_kernels(tmp_path: Path) -> None:
     tuned(tmp_path, "w4")
     use_tuned(tmp_path)
-    shapes = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (192, 896))
+    shapes = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (1152, 896))
     launches = {choose(H200, 4, shape, m) for shape in shapes for m in range(1, 600)}
     compiled = {(x.kernel, x.BM, x.BN, x.warps, x.stages) for x in launches}
     assert 6 <= len(compiled) <= 15  # and one that arranges inputs

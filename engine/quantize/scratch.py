@@ -5,11 +5,13 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from ... import __version__
 from ..errors import ConfigError
 from .options import QuantizeOptions
 
@@ -18,12 +20,15 @@ _NO_MATTER = (  # to what the blocks hold
     *("report", "eval_text", "eval_tokens", "predict"),
 )
 
+WAIT_SECONDS = 20.0  # a killed server's process ends within them, once it has seen that
+
 
 class Scratch:
     """A context manager. Without ``options.resume`` the folder is new, and gone in the end in every case.
 
     With it, its name is fixed; what a run of the same options and the same model left is taken over, and only
-    success removes it. Errors: ConfigError where another process works in it, or it cannot be written.
+    success removes it. Errors: ConfigError where another process works in it (and, with it, goes on for
+    WAIT_SECONDS), or it cannot be written.
     """
 
     def __init__(self, out: Path, options: QuantizeOptions, model: Path) -> None:
@@ -37,7 +42,7 @@ class Scratch:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take(WAIT_SECONDS if self._keep else 0.0)
             note = self.folder / "run.json"
             if not note.exists() or note.read_text() != self._print:
                 for path in self.folder.iterdir():
@@ -51,6 +56,17 @@ class Scratch:
         except OSError as error:
             raise ConfigError(f"OUT {self._out}: cannot be written ({error.strerror or error})") from error
         return self
+
+    def _take(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.1)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -75,7 +91,7 @@ def _fingerprint(options: QuantizeOptions, model: Path) -> str:
     }
     if options.calibration is not None:
         given["calibration_sha256"] = _digest(Path(options.calibration).expanduser())
-    return json.dumps({"options": given, "model": files}, sort_keys=True)
+    return json.dumps({"nybble": __version__, "options": given, "model": files}, sort_keys=True)
 
 
 def _digest(path: Path) -> str | None:

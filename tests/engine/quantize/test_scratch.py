@@ -90,7 +90,10 @@ def test_threads_and_place_do_not_matter_to_blocks(make_model: Any, tmp_path: Pa
     assert len([loss for _, loss in run(again) if loss is not None]) == 7
 
 
-def test_two_runs_never_share_a_folder(make_model: Any, tmp_path: Path) -> None:
+def test_two_runs_never_share_a_folder(
+    make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scratch, "WAIT_SECONDS", 0.2)
     folder, _ = make_model("llama")
     given = options(folder, tmp_path / "out")
     with (
@@ -102,6 +105,21 @@ def test_two_runs_never_share_a_folder(make_model: Any, tmp_path: Path) -> None:
     assert not resumable(tmp_path / "out").exists()
     with Scratch(tmp_path / "out", given, folder) as mine:  # the lock ended with its holder
         assert json.loads((mine.folder / "run.json").read_text())["options"]["group_size"] == 32
+
+
+def test_a_process_that_is_about_to_end_is_waited_for(make_model: Any, tmp_path: Path) -> None:
+    """That of a killed server, which may be inside one long operation when the next server starts."""
+    folder, _ = make_model("llama")
+    given = options(folder, tmp_path / "out")
+    script = "import fcntl, os, sys, time; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)"
+    script += "; print(flush=True); time.sleep(1)"
+    resumable(tmp_path / "out").mkdir()
+    command = [sys.executable, "-c", script, str(resumable(tmp_path / "out"))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as dying:
+        assert dying.stdout is not None
+        dying.stdout.readline()
+        with Scratch(tmp_path / "out", given, folder):
+            assert dying.wait(10) == 0
 
 
 def test_without_resume_nothing_outlives_a_run(make_model: Any, tmp_path: Path) -> None:

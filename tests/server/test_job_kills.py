@@ -1,0 +1,143 @@
+"""A server and its jobs' processes, killed at random points of a job: what is lost, and what comes out."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from live_server import LiveServer, serve
+from nybble.engine.quantize.scratch import resumable
+from safetensors.torch import load_file
+from tiny_models import tiny_transformer
+from tiny_tokenizer import write_tokenizer
+
+ADMIN = {"authorization": "Bearer adm"}
+LAYERS = 16
+TEXTS = ["the cat and the dog went to the sea in the rain and then sang " * 8] * 64
+JOB = {
+    "model": "original",
+    "group_size": 32,
+    "num_samples": 128,
+    "seq_len": 64,
+    "report": False,
+    "calibration": {"source": {"texts": TEXTS}},
+}
+
+
+@pytest.fixture
+def models_dir(tmp_path: Path) -> Path:
+    root = tmp_path / "models"
+    model = tiny_transformer("llama", vocab_size=300, num_hidden_layers=LAYERS)
+    model.save_pretrained(root / "original")
+    write_tokenizer(root / "original")
+    return root
+
+
+class Jobs:
+    """The jobs of a server that comes back from the same folder after each kill."""
+
+    def __init__(self, models_dir: Path, log: Path) -> None:
+        self._models_dir = models_dir
+        self._log = log
+        self._stack: Any = None
+        self.server: LiveServer
+        self.start()
+
+    def start(self) -> None:
+        folder = str(self._models_dir / "original")
+        options = ("--models-dir", str(self._models_dir), "--admin-key", "adm", "--num-threads", "1")
+        self._stack = serve(self._log, folder, "--served-model-name", "original", *options)
+        self.server = self._stack.__enter__()
+
+    def stop(self) -> None:
+        self._stack.__exit__(None, None, None)
+
+    def kill(self) -> None:
+        """The gateway at once; the others notice that it is gone."""
+        self.server.process.kill()
+        self.stop()
+
+    def post(self, output: str) -> str:
+        body = JOB | {"output": output}
+        answer = httpx.post(f"{self.server.url}/v1/quantizations", json=body, headers=ADMIN, timeout=30)
+        assert answer.status_code == 202, answer.text
+        return str(answer.json()["id"])
+
+    def get(self, job_id: str) -> Any:
+        url = f"{self.server.url}/v1/quantizations/{job_id}"
+        return httpx.get(url, headers=ADMIN, timeout=30).json()
+
+    def process(self) -> int | None:
+        """Of the running job, once it has one."""
+        for path in Path(f"/proc/{self.server.process.pid}/task").glob("*/children"):
+            for pid in path.read_text().split():
+                if b"nybble.engine.tasks" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return int(pid)
+        return None
+
+    def blocks(self, output: str) -> dict[str, int]:
+        """When each finished block was written, by name."""
+        stage = resumable(self._models_dir / output) / "quantize"
+        return {path.name: path.stat().st_mtime_ns for path in sorted(stage.glob("block-*.safetensors"))}
+
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
+        self.server.wait_until(condition, 120, what)
+
+    def ended(self, job_id: str) -> Any:
+        self.wait(lambda: self.get(job_id)["finished_at"] is not None, f"the end of {job_id}")
+        return self.get(job_id)
+
+
+@pytest.fixture
+def jobs(models_dir: Path, tmp_path: Path) -> Iterator[Jobs]:
+    found = Jobs(models_dir, tmp_path / "log")
+    yield found
+    found.stop()
+
+
+def kill_at_random(jobs: Jobs, output: str, chance: random.Random, how: str, times: int) -> None:
+    """Kill so often, each time some blocks later; no finished block may be made again."""
+    known: dict[str, int] = {}
+    points = sorted(chance.sample(range(1, LAYERS - 5), times))
+    for point in points:
+        jobs.wait(lambda: len(jobs.blocks(output)) >= point, f"block {point}")  # noqa: B023 - used at once
+        time.sleep(chance.uniform(0, 0.1))  # somewhere in the next block
+        victim = jobs.process()
+        if how == "process":
+            assert victim is not None
+            os.kill(victim, signal.SIGKILL)
+        else:
+            jobs.kill()
+        found = jobs.blocks(output)
+        assert len(found) >= point
+        assert found.items() >= known.items(), "a finished block was lost or made again"
+        known = found
+        if how == "server":
+            jobs.start()
+    jobs.wait(lambda: len(jobs.blocks(output)) > len(known), "a block after the last kill")
+    assert jobs.blocks(output).items() >= known.items(), "a finished block was lost or made again"
+
+
+def test_kills_lose_the_block_at_hand_at_the_most(jobs: Jobs, models_dir: Path) -> None:
+    seed = time.time_ns() % 2**32
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    assert jobs.ended(jobs.post("whole"))["status"] == "succeeded"
+    weights = load_file(models_dir / "whole" / "model.safetensors")
+    for how, times in (("process", 2), ("server", 2)):
+        job = jobs.post(how)
+        kill_at_random(jobs, how, chance, how, times)
+        last = jobs.ended(job)
+        assert (last["status"], last["error"]) == ("succeeded", None)
+        found = load_file(models_dir / how / "model.safetensors")
+        assert found.keys() == weights.keys()
+        assert all(bool((found[name] == weights[name]).all()) for name in weights)
+        configs = [json.loads((models_dir / out / "config.json").read_text()) for out in (how, "whole")]
+        assert configs[0] == configs[1]
+        assert list(models_dir.glob(f".{how}.*")) == [], "what was killed left something"

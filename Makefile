@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 export PYTHONSAFEPATH = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-dev serve check test bench bench-more kernels-report gpu-check clean
+.PHONY: help env env-dev serve check test bench bench-more bench-jobs kernels-report gpu-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -47,6 +47,9 @@ bench: env-dev ## load the demo model over HTTP: latency and throughput at 1, 8,
 bench-more: env-dev ## what socket and HTTP cost per token; start-up time, memory, idle CPU
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/overhead.py
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/startup.py
+
+bench-jobs: env-dev ## a quantization job beside a stream: latency, the job's speed and memory (10 minutes)
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/job_latency.py $(ARGS)
 
 kernels-report: env-dev ## compile the GPU kernels for sm_80 to sm_100 and gfx942, check and predict; needs no GPU
 	PYTHONPATH=scripts $(BIN)/python scripts/kernels_report.py $(ARGS)

@@ -129,11 +129,12 @@ class Bench:
 
 
 @contextlib.contextmanager
-def spinning(core: int) -> Iterator[None]:
-    """A process that does nothing but take one core."""
+def spinning(core: int | None) -> Iterator[None]:
+    """A process that does nothing but take one core (None: any)."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        os.sched_setaffinity(process.pid, {core})
+        if core is not None:
+            os.sched_setaffinity(process.pid, {core})
         time.sleep(0.3)  # it has started, and the scheduler knows
         yield
     finally:

@@ -45,8 +45,11 @@ class LoadError(Exception):
     """The server answered with something other than a stream."""
 
 
-async def stream(target: Target, prompt: str, max_tokens: int) -> Stream:
-    """One streaming completion of exactly ``max_tokens`` tokens on a connection of its own."""
+async def stream(target: Target, prompt: str, max_tokens: int, **more: Any) -> Stream:
+    """One streaming completion of exactly ``max_tokens`` tokens on a connection of its own.
+
+    more: fields of the request's body.
+    """
     body = {
         "model": target.model,
         "prompt": prompt,
@@ -55,6 +58,7 @@ async def stream(target: Target, prompt: str, max_tokens: int) -> Stream:
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **more,
     }
     arrivals: list[float] = []
     num_tokens = 0

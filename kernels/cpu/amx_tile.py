@@ -234,7 +234,7 @@ class _Tiles:
         with self._if_group(self.builder.icmp_signed("<", block, self.blocks), step):
             packed = self._group(self.w, block, size, step)
             for line in range(0, size, 64):
-                emit.prefetch(emit.offset(packed, PREFETCH_BYTES + line))
+                emit.prefetch(emit.offset(self._later(packed, step), line))
             codes = _unpacked(emit, self.bits, self.kind == SYMMETRIC, packed)
             if self.kind == WHOLE:
                 zeros = self.builder.fptosi(self._per_row(self.wz, block, step), _INTS)
@@ -243,6 +243,14 @@ class _Tiles:
                 codes = [self.builder.sub(code, self.builder.bitcast(zeros, _BYTES)) for code in codes]
             for quad, code in enumerate(codes):
                 emit.store(code, emit.offset(self._codes(block), _GROUP * step + 64 * quad), 64)
+
+    def _later(self, packed: ir.Value, step: int) -> ir.Value:
+        """PREFETCH_BYTES behind a group's codes; behind its block's end, those of the block read after it."""
+        builder, size = self.builder, GROUP_BYTES[self.bits]
+        later = self.emit.offset(self.begin, step + PREFETCH_BYTES // size)
+        others = builder.mul(self.groups, builder.sub(self.blocks, I64(1)))
+        skipped = builder.select(builder.icmp_signed("<", later, self.groups), I64(0), others)
+        return self.emit.offset(packed, PREFETCH_BYTES, self.emit.scaled(skipped, size))
 
     def _per_row(self, values: ir.Value, block: ir.Value, step: int) -> ir.Value:
         """A group's scales or zero points, as fp32."""
@@ -303,6 +311,9 @@ class _Tiles:
 def _unpacked(emit: Emitter, bits: int, centered: bool, packed: ir.Value) -> list[ir.Value]:
     """A group's codes as bytes, by quads; ``centered``: less 2**(bits - 1)."""
     lines = [emit.load(_BYTES, emit.offset(packed, 64 * j)) for j in range(GROUP_BYTES[bits] // 64)]
+    if bits == 8:
+        top_bit = emit.constant(I8, 128, 64)
+        return [emit.builder.xor(line, top_bit) for line in lines] if centered else lines
     codes = []
     for quad in range(8):
         index, place = divmod(quad, 3 if bits == 3 else 8 // bits)

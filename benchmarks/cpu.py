@@ -83,7 +83,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--decode-repeats", type=int, default=5,
                         help="of decode 1 in a round: it stands at memory's limit, which drifts")  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="one round, no full KV cache, no server")
+    parser.add_argument("--speed-only", action="store_true", help="no full KV cache, no server")
+    parser.add_argument("--quick", action="store_true", help="one round of --speed-only")
     kernels = ["auto", "amx", "vnni", "avx2", "torch"]
     parser.add_argument("--isa", nargs="+", choices=kernels, default=["auto"],
                         help="our kernels; several: each is a contender")  # fmt: skip
@@ -99,7 +100,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, default=ROOT / ".cache" / "bench", help="folder of the models")
     options = parser.parse_args()
     if options.quick:
-        options.rounds = 1
+        options.rounds, options.speed_only = 1, True
     return options
 
 
@@ -120,9 +121,9 @@ def measure_shape(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
             )  # fmt: skip
         rounds = Rounds(shape, field_of, bandwidth, threads, vocab_size(made))
         rounds.run(options.rounds, options.decode_repeats)
-        if not options.quick:
+        if not options.speed_only:
             rounds.fill()
-    served = None if options.quick else served_memory(made / "nybble", shape, threads, options.isa[0])
+    served = None if options.speed_only else served_memory(made / "nybble", shape, threads, options.isa[0])
     return {
         "model": shape.name,
         "title": shape.title,

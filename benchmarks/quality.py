@@ -42,7 +42,7 @@ SEPARATOR = "<|endoftext|>"
 HELD_OUT = 0.03  # of the stories' bytes, the last ones: scripts/demo_data.py keeps them from training
 BITS = (4, 3, 2)
 GRID = {"gradient_samples": 16, "pqi_intervals": 8}
-FULL = {"gradient_samples": 100, "pqi_intervals": 32}
+FULL = {"gradient_samples": 100, "num_samples": 100, "pqi_intervals": 32}
 EVAL_TOKENS = {"own": 1 << 16, "wiki": 1 << 14}  # the second text is a third of the time, and says less
 # Seeds say nothing where nothing is calibrated; the variants of one method are for seed 0 only.
 ONCE = ("rtn", "rtn-plain", "gptq-plain", "gptq-gar", "2:4-magnitude")

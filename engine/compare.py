@@ -4,7 +4,6 @@ A chunk of the text goes through one block of each model at a time, so that in m
 one block, and at the end both heads.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,7 +11,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
 from .scoring import BATCH_TOKENS, LOGIT_ROWS, Score, Window, batches_of, scored_rows
 
 CHUNK_BYTES = 256 << 20  # of hidden states, both models'
@@ -77,12 +75,7 @@ def compare(original: Blocks, other: Blocks, windows: list[Window], progress: Pr
             for layer in _through(original, other, chunk, sums):
                 progress("report", number * original.num_layers + layer, total)
     progress("report", total, total)
-    if not math.isfinite(sums.score.nll + sums.score.kl):
-        raise ConfigError(
-            "the changed model's predictions are not finite; use more bits, or another method"
-            if math.isfinite(sums.score.original_nll)
-            else "the original's predictions are not finite; its weights, or fp32, overflow"
-        )
+    sums.score.refuse_not_finite()
     return Comparison(sums.score, [error / sums.score.num_tokens for error in sums.errors])
 
 

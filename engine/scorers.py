@@ -133,7 +133,10 @@ def _step_model(loaded: LoadedModel, config: EngineConfig, log: Log) -> tuple[St
 def score_windows(
     windows: list[Window], model: ScoringModel, original: ScoringModel | None, progress: Progress
 ) -> Score:
-    """Score ``model`` on ``windows``, against ``original`` where there is one."""
+    """Score ``model`` on ``windows``, against ``original`` where there is one.
+
+    ConfigError where predictions are not finite.
+    """
     score = Score()
     total = sum(window.num_scored for window in windows)
     with torch.inference_mode():
@@ -148,4 +151,5 @@ def score_windows(
                     others = original.logprobs(reference[part])
                 score.add(model.logprobs(hidden[part]), targets[part], others)
             progress("score", score.num_tokens, total)
+    score.refuse_not_finite()
     return score

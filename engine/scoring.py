@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .documents import Document, Documents, Encoder
+from .errors import ConfigError
 
 BATCH_TOKENS = 2048
 LOGIT_ROWS = 512  # rows of [rows, vocab] that are in memory at once
@@ -74,6 +75,16 @@ class Score:
             divergence = torch.nn.functional.kl_div(logprobs, reference, reduction="none", log_target=True)
             self.kl += float(divergence.sum(dtype=torch.float64))
             self.agreed += int((logprobs.argmax(-1) == reference.argmax(-1)).sum())
+
+    def refuse_not_finite(self) -> None:
+        """ConfigError where a model's predictions are not numbers: the mean of such says nothing."""
+        if math.isfinite(self.nll + self.kl):
+            return
+        raise ConfigError(
+            "the model's predictions are not finite; use more bits, another method, or --dtype float32"
+            if math.isfinite(self.original_nll)
+            else "the original's predictions are not finite; its weights, or fp32, overflow"
+        )
 
     def figures(self, compared: bool) -> dict[str, Any]:
         """Per token; JSON types. ``compared``: to an original."""

@@ -62,7 +62,7 @@ def test_any_chunk_gives_the_same(
 def test_predictions_that_are_not_finite(tmp_path: Path, windows: list[Window]) -> None:
     saved(tmp_path / "before")
     saved(tmp_path / "after", 1e38)
-    with pytest.raises(ConfigError, match="the changed model's predictions are not finite"):
+    with pytest.raises(ConfigError, match="the model's predictions are not finite"):
         run((tmp_path / "before", tmp_path / "after"), windows)
     with pytest.raises(ConfigError, match="the original's predictions are not finite"):
         run((tmp_path / "after", tmp_path / "before"), windows)

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 from nybble.engine.documents import Encoder, read_documents
-from nybble.engine.scoring import cut_windows, perplexity, read_windows
+from nybble.engine.errors import ConfigError
+from nybble.engine.scorers import score_windows
+from nybble.engine.scoring import Window, cut_windows, perplexity, read_windows
 from nybble.engine.tokenizer import Tokenizer
 from tiny_tokenizer import write_tokenizer
 
@@ -50,3 +53,28 @@ def test_a_limit_of_tokens_is_kept_exactly(limit: int, tmp_path: Path) -> None:
 def test_perplexity_of_hopeless_models() -> None:
     assert perplexity(0.0) == 1.0
     assert perplexity(1000.0) == float("inf")
+
+
+class _Constant:
+    """Predicts the same for every token."""
+
+    device = "cpu"
+    vocab_size = 4
+
+    def __init__(self, logprob: float) -> None:
+        self.logprob = logprob
+
+    def hidden(self, batch: list[Window]) -> torch.Tensor:
+        return torch.zeros(sum(len(window.token_ids) for window in batch), 2)
+
+    def logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(hidden), self.vocab_size), self.logprob)
+
+
+@pytest.mark.parametrize("against", [None, _Constant(-1.0)])
+def test_predictions_that_are_not_finite(against: _Constant | None) -> None:
+    windows = [Window((0, 1, 2), 1)]
+    assert score_windows(windows, _Constant(-1.5), against, lambda *_: None).nll == 3.0
+    for broken in (float("nan"), -float("inf")):
+        with pytest.raises(ConfigError, match="the model's predictions are not finite"):
+            score_windows(windows, _Constant(broken), against, lambda *_: None)

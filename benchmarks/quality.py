@@ -21,7 +21,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,10 @@ def methods(bits: int, group_size: int) -> dict[str, Options]:
     found |= {
         f"requant-{name}": {"method": "requant", "base": name, **more, **GRID} for name, more in bases.items()
     }
+    if bits < 4:
+        # Bits and groups of each module chosen within the bytes that the base takes at these bits.
+        for name in ("gptq", "yaqa"):
+            found[f"requant-{name}-budget"] = {**found[f"requant-{name}"], "bytes_of": name}
     found["gwq"] = {"method": "gwq", **tuned, "gradient_samples": 16}
     # The base, given the bytes that residuals take, as smaller groups.
     for name in ("gptq", "yaqa"):
@@ -127,7 +131,8 @@ def _every() -> Iterator[Cell]:
     for model in models():
         for name, options in methods(3, model.group_size).items():
             # Of the demo they would take hours of a CPU: 25 times the gradients of the grid.
-            if name.startswith("requant-") and model.name == "tiny1m":
+            grid = name.startswith("requant-") and not name.endswith("-budget")
+            if grid and model.name == "tiny1m":
                 yield Cell(model, f"{name}-full", 3, 0, {**options, **FULL})
 
 
@@ -162,6 +167,9 @@ def compute(cell: Cell, files: dict[str, Path | None], told: Callable[[str], Non
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     given = {"group_size": cell.model.group_size, "num_samples": 64, "seq_len": 512, **cell.options}
+    base = given.pop("bytes_of", None)
+    if base is not None:
+        given["budget_bits"] = bits_of(replace(cell, method=base))
     options = QuantizeOptions(
         str(cell.model.folder),
         str(out),
@@ -199,6 +207,13 @@ def compute(cell: Cell, files: dict[str, Path | None], told: Callable[[str], Non
         "options": given,
         "environment": environment(),
     }
+
+
+def bits_of(cell: Cell) -> float:
+    """Bits per quantized weight of a cell that is there."""
+    if not cell.path.exists():
+        raise SystemExit(f"{cell.name} is missing, whose bytes another cell is to take: compute it first")
+    return float(json.loads(cell.path.read_text(encoding="utf-8"))["bits_per_quantized_weight"])
 
 
 def _figures(found: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def summarized(cells: Sequence[dict[str, Any]]) -> list[Row]:
     rows = []
     for (model, method, bits), found in groups.items():
         row: Row = {"model": model, "method": method, "bits": int(bits), "seeds": len(found)}
-        for key in ("bits_per_weight", "seconds"):
+        for key in ("bits_per_weight", "cpu_seconds"):
             row[key] = statistics.median(cell[key] for cell in found)
         for text in TEXTS:
             if all(text in cell for cell in found):
@@ -72,12 +72,12 @@ def _table(model: str, text: str, rows: Sequence[Row]) -> None:
                 f"{figures['kl']['median']:.5f}",
                 f"{spread:.5f}",
                 f"{100 * figures['top1_agreement']['median']:.2f}",
-                f"{row['seconds']:.1f}",
+                f"{row['cpu_seconds']:.0f}",
                 str(row["seeds"]),
             ]
         )
     original = rows[0][text]["original_nll"]["median"]
-    head = ("method", "bits", "bits/weight", "NLL", "rise", "KL", "max - min", "top-1 %", "s", "seeds")
+    head = ("method", "bits", "bits/weight", "NLL", "rise", "KL", "max - min", "top-1 %", "CPU s", "seeds")
     show(f"{model}, {TEXTS[text]}: original {original:.4f} nats", head, shown)
 
 
@@ -96,7 +96,8 @@ def compared(rows: Sequence[Row]) -> list[str]:
                 lines += _lowered(
                     f"{model}, {text}, {bits} bits: KL", "yaqa", "gptq", lambda m, b=bits: value(m, b, "kl")
                 )
-                lines += _requant(rows, model, text, bits)
+                for budget in (False, True):
+                    lines += _requant(rows, model, text, bits, budget)
             lines += _lowered(
                 f"{model}, {text}: NLL gap",
                 "2:4+int4",
@@ -114,10 +115,13 @@ def _lowered(what: str, method: str, beside: str, value: Callable[[str], float |
     return [f"{what} of {method} is {ours:.5f}, of {beside} {theirs:.5f}: {100 * (ours / theirs - 1):+.1f} %"]
 
 
-def _requant(rows: Sequence[Row], model: str, text: str, bits: int) -> list[str]:
-    """The best ReQuant beside the bases' line of NLL gap over bits, read at equal bits per weight."""
+def _requant(rows: Sequence[Row], model: str, text: str, bits: int, budget: bool) -> list[str]:
+    """The best ReQuant, with a budget of bits or without, beside the bases' line of NLL gap over bits, read
+    at equal bits per weight.
+    """
     here = [row for row in rows if row["model"] == model and text in row and row["bits"] <= 8]
     ours = [row for row in here if row["method"].startswith("requant-") and row["bits"] == bits]
+    ours = [row for row in ours if row["method"].endswith("-budget") == budget]
     ours = [row for row in ours if not row["method"].endswith("-full")]
     dense = [row for row in here if not row["method"].startswith(("requant-", "gwq", "2:4"))]
     if not ours:

@@ -7,6 +7,8 @@ that of the user's folder (``use_tuned``) first, then the GPU's own, then the de
 so many; null: any), kernel, BM, BN, warps, stages, programs (wanted per multiprocessor, by splitting K); it
 fits only the given architectures, bits, weights (N * K, at most so many) and shape ([N, K], padded) where it
 has them. With sparsity "2:4", "overlay" or "none" it fits only such weights; one without fits all but 2:4.
+BN is halved until it divides the outputs; a rule without architectures fits only what its own BN divides: a
+narrower tile was not measured, and would be a kernel more for each rule.
 """
 
 import json
@@ -121,7 +123,9 @@ def choose(
             continue
         if rule.get("bits", bits) == bits and tuple(rule.get("shape", shape)) == shape:
             constants = {k: rule[k] for k in CONSTANTS if k in rule}
-            return Launch(rule["kernel"], **constants).fitted(shape[0])
+            launch = Launch(rule["kernel"], **constants).fitted(shape[0])
+            if "architectures" in rule or rule.get("BN", 0) == launch.BN:
+                return launch
     raise LookupError(f"no launch for {tokens} tokens on {machine.architecture}")
 
 

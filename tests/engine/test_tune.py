@@ -101,7 +101,7 @@ def test_a_server_takes_what_was_tuned(cache: Path, monkeypatch: pytest.MonkeyPa
     folder.mkdir(parents=True)
     (folder / "nvidia-h200.json").write_text(json.dumps({"rules": [rule]}))
     h200 = launch.Machine("NVIDIA H200", "sm_90", 132)
-    assert launch.choose(h200, 4, (4096, 4096), 1).BN == 64
+    assert launch.choose(h200, 4, (4096, 4096), 1).warps == 4
     tune.read_tuned()
     assert launch.choose(h200, 4, (4096, 4096), 1) == launch.Launch("mma", 8, 128, 8, 2, 1)
     (folder / "nvidia-h200.json").write_text("{}")

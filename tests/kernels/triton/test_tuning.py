@@ -131,14 +131,19 @@ def test_rules_are_written_read_and_taken(tmp_path: Path) -> None:
     assert choose(Machine("NVIDIA H100", "sm_90", 132), 4, (4096, 4096), 8) == Launch("mma", 8, 128, 4, 4, 2)
 
 
+@pytest.mark.parametrize("odd", [(1152, 896), (192, 896), (960, 576)])
 @pytest.mark.usefixtures("no_users_rules")
-def test_a_tuned_model_needs_at_most_16_kernels(tmp_path: Path) -> None:
-    tuned(tmp_path, "w4")
+def test_a_tuned_model_needs_at_most_16_kernels(odd: tuple[int, int], tmp_path: Path) -> None:
+    """Also where tiles of 256 outputs do not divide a layer's: odd multiples of 128 or of 64."""
+    by_default = {choose(H200, 4, odd, m) for m in range(1, 2050)}
+    rules = json.loads(tuned(tmp_path, "w4").read_text())["rules"]
     use_tuned(tmp_path)
-    shapes = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (1152, 896))
-    launches = {choose(H200, 4, shape, m) for shape in shapes for m in range(1, 600)}
+    shapes = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (128256, 4096), odd)
+    launches = {choose(H200, 4, shape, m) for shape in shapes for m in (*range(1, 600), 2048, 2049)}
     compiled = {(x.kernel, x.BM, x.BN, x.warps, x.stages) for x in launches}
     assert 6 <= len(compiled) <= 15  # and one that arranges inputs
+    measured = {Launch(r["kernel"], *(r[name] for name in launch.CONSTANTS)) for r in rules}
+    assert {choose(H200, 4, odd, m) for m in range(1, 2050)} <= measured | by_default
 
 
 def test_another_kind_keeps_its_rules(tmp_path: Path) -> None:

@@ -3,14 +3,31 @@
 import ctypes
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 from nybble.engine.hardware import cpu_features
 from nybble.kernels.cpu import amx_permission, numba_linear
-from nybble.kernels.cpu.amx_tile import BLOCKS, REAL, STRIP, SYMMETRIC, TILES, TOKENS, WHOLE, kind_of
+from nybble.kernels.cpu.abi import compile_kernel, word
+from nybble.kernels.cpu.amx_tile import (
+    BLOCKS,
+    REAL,
+    STRIP,
+    SYMMETRIC,
+    TILES,
+    TOKENS,
+    WHOLE,
+    configure_tiles,
+    kind_of,
+    release_tiles,
+)
 from nybble.kernels.cpu.compiled import CompiledLinear, compile_low_bit, kernels_for
+from nybble.kernels.cpu.ir import I32, I64, Emitter
 from nybble.kernels.cpu.numba_linear import instruction_set
 from nybble.kernels.cpu.pool import Pool
 from nybble.kernels.cpu.recorder import Recorder
@@ -149,6 +166,40 @@ def test_threads_do_not_change_a_bit(num_threads: int) -> None:
         assert torch.equal(found.run(tokens), expected[:tokens]), f"{tokens} tokens"
 
 
+@intrinsic
+def note_state(typingctx: Any, address: Any) -> Any:
+    """Store which parts of the thread's registers are in use (XGETBV 1) at an address."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: list[ir.Value]) -> Any:
+        emit = Emitter(builder)
+        emit.store(emit.call("llvm.x86.xgetbv", I64, [I32(1)]), arguments[0], 8)
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
+@on_amx
+@pytest.mark.parametrize("released", [False, True])
+def test_tile_registers_are_released(released: bool) -> None:
+    """They are 8 KiB that the operating system would save whenever another thread takes the core."""
+
+    def state(args, thread, num_threads):  # type: ignore[no-untyped-def]
+        note_state(word(args, 0))
+
+    def held(args, thread, num_threads):  # type: ignore[no-untyped-def]
+        configure_tiles()
+        note_state(word(args, 0))
+        release_tiles()
+
+    weight = make_weight(Cell(4, "whole", 32, False, False, (17, 100)))
+    Recorded(compile_low_bit(weight, "amx", "int8"), inputs_of(100)).run(33)
+    found = np.full(1, -1, np.int64)
+    args = np.array([found.ctypes.data], np.int64)
+    kernel = compile_kernel(state if released else held)
+    ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(kernel.address)(args.ctypes.data, 0, 1)
+    assert bool(found[0] >> 17 & 3) != released, hex(found[0])
+
+
 def test_kinds_of_zero_points() -> None:
     assert kind_of(4, None) == SYMMETRIC
     for bits, values, kind in (
@@ -170,6 +221,10 @@ def test_what_is_chosen_where_the_system_refuses(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(numba_linear, "amx_refusal", lambda: None)
     assert instruction_set(target("auto")) == instruction_set(target("amx")) == "amx"
     assert instruction_set(target("vnni")) == "vnni"
+    for feature in AMX_FEATURES:
+        assert instruction_set(target("auto", AMX_FEATURES - {feature})) != "amx", feature
+    for feature in ("amx_tile", "amx_int8", "gfni"):
+        assert instruction_set(target("auto", AMX_FEATURES - {feature})) == "vnni", feature
     lacking = AMX_FEATURES - {"amx_int8"}
     assert instruction_set(target("auto", lacking)) == "vnni"
     assert instruction_set(target("amx", lacking)) is None

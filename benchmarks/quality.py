@@ -45,7 +45,7 @@ GRID = {"gradient_samples": 16, "pqi_intervals": 8}
 FULL = {"gradient_samples": 100, "num_samples": 100, "pqi_intervals": 32}
 EVAL_TOKENS = {"own": 1 << 16, "wiki": 1 << 14}  # the second text is a third of the time, and says less
 # Seeds say nothing where nothing is calibrated; the variants of one method are for seed 0 only.
-ONCE = ("rtn", "rtn-plain", "gptq-plain", "gptq-gar", "2:4-magnitude")
+ONCE = ("rtn", "rtn-plain", "gptq-plain", "gptq-gar", "2:4-magnitude", "gptq-512", "yaqa-512")
 
 Options = dict[str, Any]
 
@@ -104,6 +104,7 @@ def methods(bits: int, group_size: int) -> dict[str, Options]:
     if bits < 4:
         # Bits and groups of each module chosen within the bytes that the base takes at these bits.
         for name in ("gptq", "yaqa"):
+            found[f"{name}-512"] = {**found[name], "num_samples": 512}  # YAQA's sketch gains from more
             found[f"requant-{name}-budget"] = {**found[f"requant-{name}"], "bytes_of": name}
     found["gwq"] = {"method": "gwq", **tuned, "gradient_samples": 16}
     # The base, given the bytes that residuals take, as smaller groups.

@@ -96,6 +96,12 @@ def compared(rows: Sequence[Row]) -> list[str]:
                 lines += _lowered(
                     f"{model}, {text}, {bits} bits: KL", "yaqa", "gptq", lambda m, b=bits: value(m, b, "kl")
                 )
+                lines += _lowered(
+                    f"{model}, {text}, {bits} bits: KL",
+                    "yaqa-512",
+                    "gptq-512",
+                    lambda m, b=bits: value(m, b, "kl"),
+                )
                 for budget in (False, True):
                     lines += _requant(rows, model, text, bits, budget)
             lines += _lowered(

@@ -20,8 +20,13 @@ class Quantize:
 
     model: Model
     out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write.")]
-    method: Annotated[str, typer.Option(help="rtn, gptq, awq, yaqa, requant, gwq, sparse24.")] = "gptq"
-    base: Annotated[str, typer.Option(help="What requant and gwq build on: rtn, gptq, awq, yaqa.")] = "gptq"
+    method: Annotated[
+        Literal["rtn", "gptq", "awq", "yaqa", "requant", "gwq", "sparse24"],
+        typer.Option(help="How weights are rounded (docs/quantizers.md)."),
+    ] = "gptq"
+    base: Annotated[
+        Literal["rtn", "gptq", "awq", "yaqa"], typer.Option(help="What requant and gwq build on.")
+    ] = "gptq"
     transform: Annotated[
         Literal["none", "awq", "smoothquant"] | None,
         typer.Option(help="Move scales into the module before. [default: the method's own]"),

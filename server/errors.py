@@ -99,6 +99,8 @@ def request_error(error: ValidationError) -> RequestError:
         return RequestError(f"unknown parameter '{path}'; check the spelling or leave it out", param=path)
     if details["type"] == "missing":
         return RequestError(f"'{path}' is required", param=path)
+    if details["type"] in ("model_type", "dict_type"):
+        return RequestError(f"'{path}': must be an object (found {_shown(details['input'])})", param=path)
     message = details["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return RequestError(f"'{path}': {message} (found {_shown(details['input'])})", param=path)
 

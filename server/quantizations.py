@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic_core import to_json
 
-from ..engine.errors import ConflictError, NotFoundError, RequestError
+from ..engine.errors import ConfigError, ConflictError, NotFoundError, RequestError
 from ..engine.model_files import ModelFiles
+from ..engine.quantize.options import QuantizeOptions
 from .cli_quantize import Quantize
 from .fleet import Fleet
 from .job_store import JobRecord
@@ -22,6 +23,7 @@ from .jobs import Jobs
 
 _KEEPALIVE_SECONDS = 15.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 _OTHERWISE = {
     *("model", "out", "calibration", "eval_text", "overwrite", "resume", "revision", "num_threads"),
 }
@@ -111,7 +113,8 @@ class Quantizations:
             option: await asyncio.to_thread(self._text, getattr(body, name).source, f"{name}.source")
             for name, option in (("calibration", "calibration"), ("evaluation", "eval_text"))
         }
-        given = body.model_dump(exclude=_OWN)
+        options = {**body.model_dump(exclude=_OWN), "model": str(model), "out": str(out), **texts}
+        _refuse_options(options)
         layers = ModelFiles(model).config.get("num_hidden_layers")
         request = {
             "model": body.model,
@@ -120,7 +123,7 @@ class Quantizations:
             "calibration": {"source": _shown_source(body.calibration.source)},
             "evaluation": {"source": _shown_source(body.evaluation.source)},
             "gate": None if body.gate is None else body.gate.model_dump(),
-            "options": {**given, "model": str(model), "out": str(out), **texts},
+            "options": options,
         }
         return await self.jobs.submit(request, layers)
 
@@ -176,6 +179,21 @@ class Quantizations:
         if not _is_file(path):
             raise NotFoundError(f"'{param}' {source:.200}: no file under --data-dir", param=param)
         return str(path)
+
+
+def _refuse_options(options: Json) -> None:
+    """RequestError, in the API's words, for what the job would refuse without reading the model."""
+    try:
+        QuantizeOptions(**options)
+    except ConfigError as error:
+        message = _FLAG.sub(lambda flag: f"'{_field(flag[0])}'", error.message)
+        raise RequestError(message, param=_field(error.message.split()[0])) from error
+
+
+def _field(flag: str) -> str:
+    """The API's name of an option as the CLI spells it."""
+    name = flag.strip("-:").removeprefix("no-").replace("-", "_")
+    return {"eval_text": "evaluation"}.get(name, name)
 
 
 def _inside(root: Path, name: str, param: str, option: str) -> Path:

@@ -228,7 +228,8 @@ def load_settings(given: dict[str, Any]) -> Settings:
         field = str(first["loc"][0]) if first["loc"] else "options"
         value = "" if field in _SECRET else f" {first['input']!r:.80}"
         source = "" if field in given else f" (from {PREFIX}{field.upper()})"
-        raise ConfigError(f"{option_name(field)}{value}{source}: {first['msg']}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{option_name(field)}{value}{source}: {message}") from error
 
 
 def limit_tokenizer_threads() -> None:

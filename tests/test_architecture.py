@@ -15,7 +15,7 @@ LEVELS = (
     (r"engine\.(errors|records|config|messages|plan|model_files|hardware)", 1),
     (r"engine\.(tokenizer|slow_tokenizer|token_pieces|detokenizer|chat_template|chat_sandbox|documents)", 1),
     (r"engine\.quality_page", 1),
-    (r"engine\.(sequence|block_manager|scheduler|memory)|engine\.formats(\..+)?", 2),
+    (r"engine\.(sequence|block_manager|scheduler|memory|quantize\.options)|engine\.formats(\..+)?", 2),
     (r"engine\.model(\..+)?|engine\.(sampler|scoring|compare|quality)", 3),
     (r"engine\.(runner|step_model|tape_model|scorers|evaluate|check|tune)|engine\.quantize(\..+)?", 4),
     (r"engine\.(engine|build)", 5),
@@ -23,11 +23,13 @@ LEVELS = (
     (r"server(\..+)?", 7),
 )
 TORCH_FREE = re.compile(
-    LEVELS[1][0] + r"|engine\.(sequence|block_manager|scheduler|memory|client)|server(\..+)?"
+    LEVELS[1][0]
+    + r"|engine\.(sequence|block_manager|scheduler|memory|client|quantize\.options)|server(\..+)?"
 )
 PROCESS_ENTRIES = {"engine.worker", "engine.tasks", "engine.client"}
 GATEWAY_MAY_IMPORT = re.compile(
-    r"engine\.(client|messages|records|config|errors|tokenizer|detokenizer|chat_template|model_files|hardware)"
+    r"engine\.(client|messages|records|config|errors|tokenizer|detokenizer|chat_template|model_files|hardware|"
+    r"quantize\.options)"
 )
 HEAVY = ("torch", "transformers", "numba", "triton")
 

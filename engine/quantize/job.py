@@ -35,7 +35,7 @@ from .report import Report, main_figures, measure, read_held_out, with_modules
 from .results import QuantizedModule, Stage
 from .scratch import Scratch
 from .source import TARGET, Source
-from .storage import refuse_unlike, refused_shape, storage_for
+from .storage import general_spec, refuse_unlike, refused_shape, storage_for
 from .work import Log, Progress, Work
 from .writer import CheckpointWriter
 
@@ -151,8 +151,10 @@ def _override(module: str, options: QuantizeOptions) -> QuantSpec | None:
             if pattern.startswith("-:"):
                 return None
             named = {"bits": "num_bits"}
-            return replace(options.spec, **{named.get(key, key): value for key, value in override.items()})
-    return options.spec
+            return replace(
+                general_spec(options), **{named.get(key, key): value for key, value in override.items()}
+            )
+    return general_spec(options)
 
 
 def _refuse_unmatched(options: QuantizeOptions, modules: list[str]) -> None:

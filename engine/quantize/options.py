@@ -1,16 +1,16 @@
-"""What ``nybble quantize`` was asked for, validated once."""
+"""What ``nybble quantize`` was asked for, validated once. Without torch: the gateway validates a job's."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from ...kernels.layout import QuantSpec
 from ..errors import ConfigError
 
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # those that GPTQModel reads
 BITS = (2, 3, 4, 8)
 CheckpointFormat = Literal["gptq", "gptq_v2", "awq", "compressed-tensors"]
+AWQ_BITS = 4  # of the checkpoint format
 DENSE_BITS = 16  # sparse24 only: nothing is rounded, half of the weights are zero
 
 # Options that mean something to some methods only, and to which (as --method or --base). A value other than
@@ -118,6 +118,8 @@ class QuantizeOptions:
             )
         if self.lm_head_bits not in (None, *BITS):
             raise ConfigError(f"--lm-head-bits {self.lm_head_bits}: use {_or(BITS)}, or leave it out")
+        if self.storage == "awq" and self.bits != AWQ_BITS:
+            raise ConfigError(f"--bits {self.bits}: --checkpoint-format awq holds 4 bits only; use gptq")
         _check_dynamic(self.dynamic or {})
 
     def _check_choices(self) -> None:
@@ -180,7 +182,7 @@ class QuantizeOptions:
             ("--predict", self.predict),
         ):
             if value not in (None, False) and not self.report:
-                raise ConfigError(f"{option}: has no effect with --no-report; leave one of them out")
+                raise ConfigError(f"{option}: has no effect without --report; leave it out")
         composed = self.method in USERS["base"]
         methods = (self.method, self.base if composed else None, self.transform)
         for field in fields(self):
@@ -191,12 +193,6 @@ class QuantizeOptions:
                     f"{option} {getattr(self, field.name)}: has no effect with --method {self.method}, only "
                     f"with {_or(users)}; leave it out"
                 )
-
-    @property
-    def spec(self) -> QuantSpec:
-        """How each module is to be quantized that ``dynamic`` does not name."""
-        free = self.actorder == "group" and not self.static_groups
-        return QuantSpec(self.bits, self.group_size, self.symmetric, "group" if free else "none")
 
     @property
     def storage(self) -> CheckpointFormat:

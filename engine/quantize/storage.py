@@ -18,6 +18,12 @@ from .results import Stage
 _CLASS = "Linear"  # compressed-tensors' name for every linear; the output head is one, and stays as it is
 
 
+def general_spec(options: QuantizeOptions) -> QuantSpec:
+    """How each module is to be quantized that ``dynamic`` does not name."""
+    free = options.actorder == "group" and not options.static_groups
+    return QuantSpec(options.bits, options.group_size, options.symmetric, "group" if free else "none")
+
+
 def refused_shape(out: int, in_: int, spec: QuantSpec, options: QuantizeOptions) -> str | None:
     """Why a module [out, in_] cannot be stored as asked, or None."""
     if options.bits == DENSE_BITS:
@@ -28,7 +34,7 @@ def refused_shape(out: int, in_: int, spec: QuantSpec, options: QuantizeOptions)
 def refuse_unlike(options: QuantizeOptions, specs: Mapping[str, QuantSpec]) -> None:
     """ConfigError where modules are to differ in what the format says once for all."""
     for name, spec in specs.items() if options.storage == "awq" else ():
-        if spec != options.spec:
+        if spec != general_spec(options):
             raise ConfigError(f"--checkpoint-format awq: {name} is {spec}, but all must be alike; use gptq")
 
 
@@ -39,7 +45,9 @@ def storage_for(
     specs = stage.specs()
     others = [*dense, *(name for name, spec in specs.items() if spec is None and options.bits != DENSE_BITS)]
     base = _plain(options)
-    differing = {name: spec for name, spec in specs.items() if spec is not None and spec != options.spec}
+    differing = {
+        name: spec for name, spec in specs.items() if spec is not None and spec != general_spec(options)
+    }
     if isinstance(base, GPTQFormat):
         base = _gptq(base, others, differing, meta)
     elif isinstance(base, CompressedTensorsFormat):
@@ -53,10 +61,10 @@ def storage_for(
 
 def _plain(options: QuantizeOptions) -> GPTQFormat | AWQFormat | CompressedTensorsFormat:
     if options.storage == "gptq" or options.storage == "gptq_v2":
-        return GPTQFormat(options.spec, options.storage)
+        return GPTQFormat(general_spec(options), options.storage)
     if options.storage == "awq":
         return AWQFormat(QuantSpec(options.bits, options.group_size, symmetric=False))
-    return CompressedTensorsFormat((Group((_CLASS,), options.spec),))
+    return CompressedTensorsFormat((Group((_CLASS,), general_spec(options)),))
 
 
 def _gptq(
@@ -89,6 +97,9 @@ def _compressed_tensors(
     by_spec: dict[QuantSpec, list[str]] = {}
     for name, spec in differing.items():
         by_spec.setdefault(spec, []).append(name)
-    groups = [Group((_CLASS,), options.spec), *(Group(tuple(n), spec) for spec, n in by_spec.items())]
+    groups = [
+        Group((_CLASS,), general_spec(options)),
+        *(Group(tuple(n), spec) for spec, n in by_spec.items()),
+    ]
     sparsity = meta.get("sparsity")
     return CompressedTensorsFormat(tuple(groups), ignore, sparsity=sparsity)

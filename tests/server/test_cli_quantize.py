@@ -2,9 +2,11 @@
 
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from nybble.engine.errors import ConfigError
+from nybble.engine.quantize.methods import METHODS, RECIPES
 from nybble.engine.quantize.options import QuantizeOptions
 from nybble.server.cli_quantize import Quantize
 
@@ -14,6 +16,12 @@ def test_options_and_defaults_are_the_tasks_own() -> None:
     theirs = {field.name: field.default for field in fields(QuantizeOptions)}
     assert ours == theirs
     assert [name for name, default in ours.items() if default is MISSING] == ["model", "out"]
+
+
+def test_the_methods_are_those_there_are() -> None:
+    hints = get_type_hints(Quantize)
+    assert set(get_args(hints["method"])) == set(METHODS)
+    assert set(get_args(hints["base"])) == set(RECIPES)
 
 
 def test_dynamic_is_json_or_a_file_of_it(tmp_path: Path) -> None:

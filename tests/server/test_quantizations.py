@@ -133,6 +133,12 @@ def test_the_gate(server: GatewayServer, models_dir: Path) -> None:
 
 BAD = [
     ({"bits": "4"}, 400, "'bits'"),
+    ({"bits": 5}, 400, "'bits' 5: use 2, 3, 4 or 8"),
+    ({"method": "magic"}, 400, "'method': should be 'rtn', 'gptq'"),
+    ({"prune": "wanda"}, 400, "'prune' wanda: has no effect with 'method' gptq, only with sparse24"),
+    ({"dynamic": {"a": {"bits": 7}}}, 400, "'dynamic' 'a': bits 7: use bits"),
+    ({"report": False}, 400, "'evaluation': has no effect without 'report'"),
+    ({"calibration": "mine.txt"}, 400, "'calibration': must be an object (found 'mine.txt')"),
     ({"no_such_option": 1}, 400, "unknown parameter 'no_such_option'"),
     ({"output": "../escape"}, 400, "'output' ../escape"),
     ({"output": ".hidden"}, 400, "'output' .hidden"),
@@ -159,6 +165,7 @@ def test_requests_that_make_no_job(server: GatewayServer, fields: Any, status: i
     answer = server.post("/v1/quantizations", {"model": "original", "output": "x", **SMALL, **fields})
     assert answer.status_code == status, answer.text
     assert said in answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"].partition(".")[0] in {"evaluation", *fields}
     assert len(server.get("/v1/quantizations").json()["data"]) == before
 
 
@@ -181,10 +188,10 @@ def test_an_error_names_no_folder_of_the_servers(server: GatewayServer, models_d
 
 
 def test_a_setting_that_cannot_work_ends_the_job_with_its_reason(server: GatewayServer) -> None:
-    job = submit(server, "bad", bits=5)
+    job = submit(server, "bad", dynamic={"no.such.module": {"bits": 8}})
     last = follow(server, job["id"])[-1][1]
     assert (last["status"], last["error"]["code"]) == ("failed", "invalid")
-    assert "--bits 5" in last["error"]["message"]
+    assert "no.such.module" in last["error"]["message"]
     assert server.http.delete(f"/v1/quantizations/{job['id']}").json()["deleted"] is True
     assert server.get(f"/v1/quantizations/{job['id']}").status_code == 404
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from nybble.engine.errors import ConfigError
 from nybble.engine.quantize.options import USERS, QuantizeOptions
+from nybble.engine.quantize.storage import general_spec
 from nybble.kernels.layout import QuantSpec
 
 
@@ -22,6 +23,8 @@ from nybble.kernels.layout import QuantSpec
             {"method": "requant", "budget_bits": 5, "checkpoint_format": "awq"},
             "--checkpoint-format awq cannot hold every choice; use gptq or gptq_v2",
         ),
+        ({"bits": 3, "checkpoint_format": "awq"}, "--bits 3: --checkpoint-format awq holds 4 bits only"),
+        ({"report": False, "eval_tokens": 5}, "--eval-tokens: has no effect without --report; leave it out"),
         ({"transform": "rotate"}, "--transform rotate: use none, awq or smoothquant"),
         ({"smooth_alpha": 1.5}, "--smooth-alpha 1.5: must be from 0 to 1"),
         ({"smooth_alpha": 0.7}, "--smooth-alpha 0.7: has no effect without --transform smoothquant"),
@@ -58,9 +61,9 @@ def test_every_user_table_entry_is_an_option() -> None:
 
 def test_static_groups_need_no_g_idx() -> None:
     options = QuantizeOptions("a", "b", actorder="group", static_groups=True)
-    assert options.spec == QuantSpec(4, 128, True, "none")
-    assert QuantizeOptions("a", "b", actorder="group").spec.actorder == "group"
-    assert QuantizeOptions("a", "b", actorder="gar").spec.actorder == "none"
+    assert general_spec(options) == QuantSpec(4, 128, True, "none")
+    assert general_spec(QuantizeOptions("a", "b", actorder="group")).actorder == "group"
+    assert general_spec(QuantizeOptions("a", "b", actorder="gar")).actorder == "none"
 
 
 @pytest.mark.parametrize(

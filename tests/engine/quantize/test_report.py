@@ -125,8 +125,8 @@ def test_large_models_are_scored_on_less(
     [
         ({"eval_text": "no/such/file"}, "--eval-text no/such/file: cannot be read"),
         ({"eval_tokens": 0}, "--eval-tokens 0: must be at least 1"),
-        ({"eval_tokens": 5, "report": False}, "--eval-tokens: has no effect with --no-report"),
-        ({"predict": True, "report": False}, "--predict: has no effect with --no-report"),
+        ({"eval_tokens": 5, "report": False}, "--eval-tokens: has no effect without --report"),
+        ({"predict": True, "report": False}, "--predict: has no effect without --report"),
     ],
 )
 def test_mistakes_are_told_before_the_work(

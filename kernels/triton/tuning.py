@@ -4,7 +4,8 @@ A contest is one rule to be written: one kind of weight, tokens up to a bound, a
 candidates are measured on a few shapes of that class; the one with the least geometric mean of times (a small
 shape counts as much as a large one) is taken. The default keeps its place unless it is beaten by more than
 ``MARGIN``, which is a measurement's noise. Two sizes and seven numbers of tokens make at most 15 kernels for
-a kind of weight: one for each rule, and what arranges inputs.
+a kind of weight: one for each rule, and what arranges inputs. Layers whose outputs a rule's tile does not
+divide take the default, up to five kernels more for odd multiples of 128 and of 64 each.
 """
 
 import json

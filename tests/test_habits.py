@@ -263,9 +263,11 @@ NO_TWIN = (
     "tests/engine/test_parity.py",
     "tests/engine/quantize/test_gptqmodel.py",
     "tests/engine/quantize/test_quality.py",
+    "tests/kernels/cpu/test_amx.py",
     "tests/kernels/cpu/test_cells.py",
     "tests/kernels/test_linear.py",
     "tests/server/test_bad_input.py",
+    "tests/server/test_job_kills.py",
 )
 
 

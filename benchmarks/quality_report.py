@@ -116,9 +116,14 @@ def compared(rows: Sequence[Row]) -> list[str]:
 
 def _lowered(what: str, method: str, beside: str, value: Callable[[str], float | None]) -> list[str]:
     ours, theirs = value(method), value(beside)
-    if ours is None or not theirs:
+    if ours is None or theirs is None:
         return []
-    return [f"{what} of {method} is {ours:.5f}, of {beside} {theirs:.5f}: {100 * (ours / theirs - 1):+.1f} %"]
+    return [f"{what} of {method} is {ours:.5f}, of {beside} {theirs:.5f}{_change(ours, theirs)}"]
+
+
+def _change(ours: float, theirs: float) -> str:
+    """In percent. A gap below zero, of text that the model hardly knows, has no ratio."""
+    return f": {100 * (ours / theirs - 1):+.1f} %" if min(ours, theirs) > 0 else ""
 
 
 def _requant(rows: Sequence[Row], model: str, text: str, bits: int, budget: bool) -> list[str]:
@@ -134,12 +139,14 @@ def _requant(rows: Sequence[Row], model: str, text: str, bits: int, budget: bool
         return []
     best = min(ours, key=lambda row: float(row[text]["nll_increase"]["median"]))
     gap, size = best[text]["nll_increase"]["median"], best["bits_per_weight"]
-    beside = at_equal_bits([(r["bits_per_weight"], r[text]["nll_increase"]["median"]) for r in dense], size)
-    if not beside:
+    points = [(r["bits_per_weight"], r[text]["nll_increase"]["median"]) for r in dense]
+    # A budget is kept, not met to the byte: the base whose bytes it was may take a few more.
+    beside = at_equal_bits(points, size * 1.002)
+    if beside is None:
         return []
     return [
         f"{model}, {text}, {bits} bits: NLL gap of {best['method']} is {gap:.5f} at {size:.3f} bits per "
-        f"weight, of the best bases at these bits {beside:.5f}: {100 * (gap / beside - 1):+.1f} %"
+        f"weight, of the best bases at these bits {beside:.5f}{_change(gap, beside)}"
     ]
 
 

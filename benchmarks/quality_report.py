@@ -141,7 +141,7 @@ def _requant(rows: Sequence[Row], model: str, text: str, bits: int, budget: bool
     gap, size = best[text]["nll_increase"]["median"], best["bits_per_weight"]
     points = [(r["bits_per_weight"], r[text]["nll_increase"]["median"]) for r in dense]
     # A budget is kept, not met to the byte: the base whose bytes it was may take a few more.
-    beside = at_equal_bits(points, size * 1.002)
+    beside = at_equal_bits(points, size * 1.005)
     if beside is None:
         return []
     return [

@@ -23,7 +23,7 @@ def main() -> None:
     try:
         code = build_cli()(standalone_mode=False)
     except typer.TyperException as error:
-        code = _fail(error.format_message())
+        code = _fail(error.format_message().replace(": Value error, ", ": ", 1))  # newer typer's own words
     except NybbleError as error:
         code = _fail(error.message)
     except (typer.Abort, KeyboardInterrupt):

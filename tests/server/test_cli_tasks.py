@@ -84,6 +84,7 @@ def test_a_model_that_will_not_load_is_exit_code_2(
         (["quantize", "a", "b", "--actorder", "some"], "--actorder"),
         (["quantize", "a", "b", "--surprise"], "No such option"),
         (["check", "a", "--kv-cache-memory", "much"], "--kv-cache-memory much: give bytes"),
+        (["quantize", "a", "b", "--method", "magic"], "'--method': 'magic' is not one of 'rtn', 'gptq'"),
         (["eval", "a", "--dtype", "int8"], "--dtype"),
         (["eval", "a", "--cpu-activations", "fp8"], "--cpu-activations"),
     ],

@@ -51,7 +51,7 @@ bench-more: env-dev ## what socket and HTTP cost per token; start-up time, memor
 bench-jobs: env-dev ## a quantization job beside a stream: latency, the job's speed and memory (10 minutes)
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/job_latency.py $(ARGS)
 
-kernels-report: env-dev ## compile the GPU kernels for sm_80 to sm_100 and gfx942, check and predict; needs no GPU
+kernels-report: env-dev ## compile the GPU kernels for sm_80 to sm_120 and gfx942, check and predict; needs no GPU
 	PYTHONPATH=scripts $(BIN)/python scripts/kernels_report.py $(ARGS)
 
 # No install: a machine with a GPU has torch and Triton in a Python of its own.

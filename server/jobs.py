@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class Jobs:
         self._changed = asyncio.Event()  # replaced at each change: whoever waits for the old one wakes
         self._running: tuple[JobRecord, TaskProcess] | None = None
         self._cancelling: set[str] = set()
+        self.num_ended: Counter[Status] = Counter()  # since this server started
         self._closing = False
         self._runner: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()  # of the store
@@ -156,6 +158,7 @@ class Jobs:
         if status == "cancelled":
             await asyncio.to_thread(shutil.rmtree, _blocks(job), ignore_errors=True)
         job.status, job.error, job.finished_at = status, error, int(time.time())
+        self.num_ended[status] += 1
         logger.info("job %s (%s): %s%s", job.id, job.request["output"], status, _reason(error))
         await self._save(job)
 

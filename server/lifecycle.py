@@ -27,6 +27,7 @@ from .app import build_app
 from .engine_metrics import EngineCollector, report_load
 from .fleet import Fleet
 from .gateway import Gateway, Phase
+from .job_metrics import JobCollector
 from .job_store import JobStore, only_server_of
 from .jobs import JobLimits, Jobs
 from .limits import Admission
@@ -96,6 +97,8 @@ async def admin_of(gateway: Gateway, fleet: Fleet) -> AsyncIterator[Admin]:
     settings = gateway.settings
     switch, folder = Switch(settings, fleet), settings.models_dir
     if folder is None or settings.admin_key is None:
+        if settings.admin_key is not None:
+            logger.warning("--admin-key without --models-dir: /v1/quantizations answers 403")
         yield Admin(gateway, switch, None)
         return
     with only_server_of(folder) as hidden:
@@ -103,6 +106,7 @@ async def admin_of(gateway: Gateway, fleet: Fleet) -> AsyncIterator[Admin]:
         store = await asyncio.to_thread(JobStore, url, str(folder))
         jobs = Jobs(store, JobLimits(settings.quantize_threads, settings.quantize_memory))
         await jobs.start()
+        gateway.metrics.registry.register(JobCollector(jobs))
         try:
             yield Admin(gateway, switch, Quantizations(jobs, fleet, folder, settings.data_dir))
         finally:

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from nybble.engine.records import ModelInfo
 from nybble.server.admin import Admin
 from nybble.server.app import build_app
 from nybble.server.engine_metrics import EngineCollector
+from nybble.server.job_metrics import JobCollector
 from nybble.server.metrics import Metrics, VllmNames
 from nybble.server.models import ModelTable
 from nybble.server.settings import Settings, option_name
@@ -86,6 +88,8 @@ def exposed_metrics() -> set[str]:
     metrics = Metrics("demo")
     model: Any = SimpleNamespace(client=client, name="demo", metrics=metrics.of("demo"))
     metrics.registry.register(EngineCollector(ModelTable([model]), {"start": 1.0}))
+    jobs: Any = SimpleNamespace(all=list, num_ended=Counter())
+    metrics.registry.register(JobCollector(jobs))
     suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
     families = [*metrics.registry.collect(), *VllmNames(metrics.registry).collect()]
     return {family.name + suffix for family in families for suffix in suffixes[family.type]}

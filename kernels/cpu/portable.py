@@ -1,8 +1,9 @@
 """Low-bit weights in plain torch: kept packed, dequantized tile by tile into an fp32 GEMM.
 
 For CPUs without AVX2 and Pythons without numba. Weights are exactly ``PackedWeight.dequantize``, activations
-and sums are fp32. Tokens are padded to whole eights: for fewer MKL has other kernels, which sum in another
-order. So a row is the same bits in any batch, as measured with MKL; torch itself promises no order.
+and sums are fp32. Tokens go through in eights, the last ones padded: for other numbers MKL has kernels
+that sum in another order (for fewer than eight everywhere, for more on some CPUs). So a row is the same bits
+in any batch, as measured with MKL; torch itself promises no order.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..dispatch import Target, WeightTraits
 from ..layout import PackedWeight, SparseOverlay
 
+_TOKENS = 8  # of a GEMM
 _TILE_BYTES = 1 << 20  # of fp32 weights: what a core's cache holds
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # bits of a code, lowest first
 
@@ -43,14 +45,15 @@ class PortableLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, in] fp32 -> [T, out] fp32."""
-        rows = F.pad(x.float(), (0, 0, 0, -x.shape[0] % 8))
+        rows = F.pad(x.float(), (0, 0, 0, -x.shape[0] % _TOKENS)).split(_TOKENS)
         out_features = self.scales.shape[0]
         step = max(16, _TILE_BYTES // (4 * self.in_features))
         parts = []
         for start in range(0, out_features, step):
             stop = min(start + step, out_features)
             bias = None if self.bias is None else self.bias[start:stop]
-            parts.append(F.linear(rows, self._weights(start, stop), bias))
+            weights = self._weights(start, stop)
+            parts.append(torch.cat([F.linear(eight, weights, bias) for eight in rows]))
         return torch.cat(parts, 1)[: x.shape[0]]
 
     def _weights(self, start: int, stop: int) -> Tensor:

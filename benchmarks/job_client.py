@@ -15,7 +15,7 @@ from typing import Any
 from common import Server, children
 from nybble.engine.model.config import ModelConfig
 from nybble.engine.quantize.activations import activation_bytes
-from nybble.engine.quantize.scratch import resumable
+from nybble.engine.quantize.options import resumable
 
 TICK = 0.02  # seconds between two looks
 _TASK = b"nybble.engine.tasks"

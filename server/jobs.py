@@ -14,6 +14,7 @@ from typing import Any
 from uuid import uuid4
 
 from ..engine.errors import ConflictError, EngineError, NotFoundError
+from ..engine.quantize.options import resumable
 from .job_store import JobRecord, JobStore, Status
 from .task_process import Json, TaskProcess, task_process
 
@@ -266,9 +267,8 @@ def _reason(error: Json | None) -> str:
 
 
 def _blocks(job: JobRecord) -> Path:
-    """What an unfinished run leaves: ``engine.quantize.scratch`` names the folder."""
-    out = Path(job.request["options"]["out"])
-    return out.parent / f".{out.name}.work"
+    """What an unfinished run leaves."""
+    return resumable(Path(job.request["options"]["out"]))
 
 
 def _set_aside(job: JobRecord) -> Path:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..errors import ConfigError
@@ -32,6 +33,11 @@ USERS: dict[str, tuple[str, ...]] = {
     "budget_bits": ("requant",),
     "gradient_samples": ("requant", "gwq"),
 }
+
+
+def resumable(out: Path) -> Path:
+    """Where a run with ``resume`` that makes ``out`` keeps its blocks."""
+    return out.parent / f".{out.name}.work"
 
 
 @dataclass(frozen=True, slots=True)

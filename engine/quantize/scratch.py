@@ -13,7 +13,7 @@ from typing import Self
 
 from ... import __version__
 from ..errors import ConfigError
-from .options import QuantizeOptions
+from .options import QuantizeOptions, resumable
 
 _NO_MATTER = (  # to what the blocks hold
     *("out", "overwrite", "resume", "num_threads"),
@@ -74,11 +74,6 @@ class Scratch:
         if error is None or not self._keep:
             shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
-
-
-def resumable(out: Path) -> Path:
-    """Where a run with ``resume`` that makes ``out`` keeps its blocks."""
-    return out.parent / f".{out.name}.work"
 
 
 def _fingerprint(options: QuantizeOptions, model: Path) -> str:

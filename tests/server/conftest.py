@@ -1,12 +1,13 @@
 """A tiny model folder, a shared server over a fake engine, and OpenAI's own client."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import openai
 import pytest
 from fake_client import FakeClient, continue_prompt
 from gateway_server import GatewayServer, running, write_model
+from played_jobs import Played
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +46,11 @@ def openai_client(server: GatewayServer) -> Iterator[openai.OpenAI]:
     """OpenAI's client, without its retries."""
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=20) as client:
         yield client
+
+
+@pytest.fixture
+async def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Played]:
+    found = Played(tmp_path, monkeypatch)
+    await found.jobs.start()
+    yield found
+    await found.jobs.stop()

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from live_server import LiveServer, serve
-from nybble.engine.quantize.scratch import resumable
+from nybble.engine.quantize.options import resumable
 from safetensors.torch import load_file
 from tiny_models import tiny_transformer
 from tiny_tokenizer import write_tokenizer

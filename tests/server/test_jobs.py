@@ -9,73 +9,8 @@ from typing import Any
 import pytest
 from nybble.engine.errors import ConflictError
 from nybble.server import jobs as module
-from nybble.server.job_store import JobRecord, JobStore
-from nybble.server.jobs import JobLimits, Jobs
-
-RESULT = {"event": "result"}
-KILLED = {"event": "error", "code": "killed", "message": "gone"}
-
-
-class PlayedTask:
-    """Ends with what is put into ``ends``; or, where it is stopped, without a word."""
-
-    def __init__(self) -> None:
-        self.ends: asyncio.Queue[Any] = asyncio.Queue()
-        self.stopped = False
-
-    async def __aiter__(self) -> AsyncIterator[Any]:
-        yield await self.ends.get()
-
-    async def stop(self) -> None:
-        self.stopped = True
-        self.ends.put_nowait(KILLED)
-
-
-class Played:
-    """Jobs over a database in a folder; ``tasks``: the processes that were started."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder = folder
-        self.tasks: list[PlayedTask] = []
-        self.jobs = Jobs(JobStore(f"sqlite:///{folder / 'jobs.sqlite'}", str(folder)), JobLimits(1))
-        monkeypatch.setattr(module, "task_process", self._start)
-
-    @asynccontextmanager
-    async def _start(self, *_: Any, **__: Any) -> AsyncIterator[PlayedTask]:
-        self.tasks.append(PlayedTask())
-        yield self.tasks[-1]
-
-    async def submit(self, output: str) -> JobRecord:
-        options = {"out": str(self.folder / output)}
-        return await self.jobs.submit({"output": output, "options": options}, 3)
-
-    async def started(self, count: int) -> PlayedTask:
-        """The task ``count``, once it is there."""
-        async with asyncio.timeout(10):
-            while len(self.tasks) < count:
-                await asyncio.sleep(0.001)
-        return self.tasks[count - 1]
-
-    async def end(self, job: JobRecord) -> None:
-        """Until ``job`` has ended."""
-        async with asyncio.timeout(10):
-            async for _ in self.jobs.watch(job):
-                pass
-
-    def blocks(self, output: str) -> Path:
-        """What a run of ``output`` keeps, made here."""
-        folder = self.folder / f".{output}.work"
-        folder.mkdir()
-        (folder / "block").touch()
-        return folder
-
-
-@pytest.fixture
-async def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Played]:
-    found = Played(tmp_path, monkeypatch)
-    await found.jobs.start()
-    yield found
-    await found.jobs.stop()
+from nybble.server.job_store import JobRecord
+from played_jobs import RESULT, Played, PlayedTask
 
 
 async def test_cancelled_before_its_process_is_there(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:

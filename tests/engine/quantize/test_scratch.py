@@ -12,8 +12,8 @@ import pytest
 from nybble.engine.errors import ConfigError
 from nybble.engine.quantize import results, scratch
 from nybble.engine.quantize.job import quantize
-from nybble.engine.quantize.options import QuantizeOptions
-from nybble.engine.quantize.scratch import Scratch, resumable
+from nybble.engine.quantize.options import QuantizeOptions, resumable
+from nybble.engine.quantize.scratch import Scratch
 from safetensors.torch import load_file
 
 
@@ -129,7 +129,7 @@ def test_without_resume_nothing_outlives_a_run(make_model: Any, tmp_path: Path) 
         with pytest.raises(error), Scratch(tmp_path / "out", given, folder):
             raise error("x")
     assert [p.name for p in tmp_path.iterdir()] == ["original"]
-    assert scratch.resumable(tmp_path / "a").name == ".a.work"
+    assert resumable(tmp_path / "a").name == ".a.work"
 
 
 def test_a_place_that_cannot_be_written(make_model: Any, tmp_path: Path) -> None:

@@ -147,10 +147,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_results(name: str, results: Mapping[str, Any]) -> Path:
-    """Write ``results`` with the environment to benchmarks/results/NAME-CPU.json; the path."""
+def write_results(name: str, results: Mapping[str, Any], of_this_cpu: bool = True) -> Path:
+    """Write ``results`` with the environment to benchmarks/results/NAME-CPU.json; the path.
+
+    of_this_cpu: False for what may come from several machines, which is NAME.json.
+    """
     machine = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-") or "unknown"
-    path = RESULTS / f"{name}-{machine}.json"
+    path = RESULTS / (f"{name}-{machine}.json" if of_this_cpu else f"{name}.json")
     RESULTS.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n", encoding="utf-8")
     return path

@@ -9,6 +9,7 @@ under .cache/bench/quality/, and is not computed again; YAQA's sketches are kept
     python benchmarks/quality.py --cells demo/gptq demo/requant --bits 3 --seeds 0
     python benchmarks/quality.py --minutes 9      # as many cells as fit; again and again until all are there
     python benchmarks/quality.py --report         # the table and the plot of those that are there
+    python benchmarks/quality.py --restore benchmarks/results/quality.json  # on another machine
 
 The grid differentiates 16 sequences, integrates with 8 intervals and scores 64 k tokens (WikiText: 16 k). The
 cells named ``...-full`` do it with 32 intervals, 100 sequences and the whole texts (tiny1m, seed 0, 3 bits):
@@ -267,6 +268,15 @@ def run(wanted: list[Cell], minutes: float | None) -> None:
     print(f"{len(wanted) - left} of {len(wanted)} cells are there, {left} to go")
 
 
+def restore(results: Path) -> None:
+    """Take the cells that a run on another machine reported, but those that are here."""
+    found = {cell["cell"]: cell for cell in json.loads(results.read_text(encoding="utf-8"))["cells"]}
+    missing = [cell for cell in cells() if cell.name in found and not cell.path.exists()]
+    for cell in missing:
+        save(cell.path, found[cell.name])
+    print(f"{len(missing)} of {len(found)} cells restored from {results.name}")
+
+
 def describe(wanted: list[Cell]) -> None:
     """The cells, and how much text they are scored on."""
     files = texts()
@@ -288,9 +298,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int)
     parser.add_argument("--minutes", type=float, help="begin no cell after so many")
     parser.add_argument("--list", action="store_true", help="name the cells and compute nothing")
+    parser.add_argument("--restore", type=Path, metavar="FILE", help="begin with the cells of a result")
     parser.add_argument("--report", action="store_true", help="only report")
     given = parser.parse_args()
     wanted = chosen(given)
+    if given.restore is not None:
+        restore(given.restore)
     if given.list:
         describe(wanted)
         return

@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 def report(cells: Sequence[dict[str, Any]]) -> None:
-    """Print, write benchmarks/results/quality-CPU.json, and the plot where matplotlib is there."""
+    """Print, write benchmarks/results/quality.json, and the plot where matplotlib is there."""
     if not cells:
         print("no cell is there")
         return
@@ -25,7 +25,7 @@ def report(cells: Sequence[dict[str, Any]]) -> None:
     findings = compared(rows)
     for line in findings:
         print(line)
-    path = write_results("quality", {"rows": rows, "findings": findings, "cells": list(cells)})
+    path = write_results("quality", {"rows": rows, "findings": findings, "cells": list(cells)}, False)
     print(f"{len(cells)} cells in {path}")
     if importlib.util.find_spec("matplotlib") is not None:
         plot(rows, path.with_suffix(".png"))

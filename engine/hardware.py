@@ -112,12 +112,15 @@ def cpu_features(root: Path = _ROOT) -> frozenset[str]:
 
 
 def cpu_name(root: Path = _ROOT) -> str:
-    """The CPU's model name, "" if unknown."""
+    """The CPU's model name with its family and model numbers, which tell generations apart where a hypervisor
+    hides the name ("AMD EPYC, family 25 model 1"); "" if unknown.
+    """
+    found: dict[str, str] = {}
     for line in (_read(root / "proc/cpuinfo") or "").splitlines():
         key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            return value.strip()
-    return ""
+        found.setdefault(key.strip(), value.strip())
+    name, family, model = (found.get(key, "") for key in ("model name", "cpu family", "model"))
+    return f"{name}, family {family} model {model}" if name and family and model else name
 
 
 def _read(path: Path) -> str | None:

@@ -173,3 +173,14 @@ def test_its_own_limit_counts(child_environment: dict[str, str]) -> None:
     first, second = map(int, done.stdout.split())
     assert first < 1 << 29
     assert first - second == pytest.approx(128 << 20, rel=0.05)
+
+
+def test_a_cpu_is_named_with_its_family_and_model(tmp_path: Path) -> None:
+    put(tmp_path, {"proc/cpuinfo": "cpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\n\nmodel\t\t: 9"})
+    assert hardware.cpu_name(tmp_path) == "AMD EPYC, family 25 model 1"
+
+
+def test_a_cpu_without_numbers_keeps_its_name(tmp_path: Path) -> None:
+    put(tmp_path, {"proc/cpuinfo": "model name\t: Some CPU"})
+    assert hardware.cpu_name(tmp_path) == "Some CPU"
+    assert hardware.cpu_name(tmp_path / "nowhere") == ""

@@ -151,5 +151,5 @@ def score_windows(
                     others = original.logprobs(reference[part])
                 score.add(model.logprobs(hidden[part]), targets[part], others)
             progress("score", score.num_tokens, total)
-    score.refuse_not_finite()
+    score.refuse_not_finite("use more bits, another method, or --dtype float32")
     return score

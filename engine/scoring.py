@@ -76,12 +76,12 @@ class Score:
             self.kl += float(divergence.sum(dtype=torch.float64))
             self.agreed += int((logprobs.argmax(-1) == reference.argmax(-1)).sum())
 
-    def refuse_not_finite(self) -> None:
+    def refuse_not_finite(self, remedy: str = "use more bits, or another method") -> None:
         """ConfigError where a model's predictions are not numbers: the mean of such says nothing."""
         if math.isfinite(self.nll + self.kl):
             return
         raise ConfigError(
-            "the model's predictions are not finite; use more bits, another method, or --dtype float32"
+            f"the model's predictions are not finite; {remedy}"
             if math.isfinite(self.original_nll)
             else "the original's predictions are not finite; its weights, or fp32, overflow"
         )

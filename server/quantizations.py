@@ -19,11 +19,11 @@ from ..engine.quantize.options import QuantizeOptions
 from .cli_quantize import Quantize
 from .fleet import Fleet
 from .job_store import JobRecord
+from .job_words import field_of, in_api_words, shown_message
 from .jobs import Jobs
 
 _KEEPALIVE_SECONDS = 15.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 _OTHERWISE = {
     *("model", "out", "calibration", "eval_text", "overwrite", "resume", "revision", "num_threads"),
 }
@@ -186,14 +186,7 @@ def _refuse_options(options: Json) -> None:
     try:
         QuantizeOptions(**options)
     except ConfigError as error:
-        message = _FLAG.sub(lambda flag: f"'{_field(flag[0])}'", error.message)
-        raise RequestError(message, param=_field(error.message.split()[0])) from error
-
-
-def _field(flag: str) -> str:
-    """The API's name of an option as the CLI spells it."""
-    name = flag.strip("-:").removeprefix("no-").replace("-", "_")
-    return {"eval_text": "evaluation"}.get(name, name)
+        raise RequestError(in_api_words(error.message), param=field_of(error.message)) from error
 
 
 def _inside(root: Path, name: str, param: str, option: str) -> Path:
@@ -221,15 +214,29 @@ def _shown_source(source: "str | Texts") -> Any:
 
 
 def shown(job: JobRecord) -> Json:
-    """The API's job object: no paths of the server's, only what is below its models folder."""
+    """The API's job object, in its words: no options of the CLI's, no paths of the server's."""
     content = job.to_dict()
-    folder = Path(content.pop("options")["out"]).parent
+    del content["options"]
     if content["error"] is not None:
-        message = content["error"]["message"].replace(f"{folder}/", "")
+        message = shown_message(content["error"]["message"], job.request)
         content["error"] = content["error"] | {"message": message}
     if content["result"] is not None:
-        content["result"] = content["result"] | {"out": content["output"]}
+        content["result"] = _shown_result(content["result"], job.request)
     return content
+
+
+def _shown_result(result: Json, request: Json) -> Json:
+    """With the same care for the sentences in it."""
+    shown = result | {"out": request["output"]}
+    if "dense" in shown:
+        shown["dense"] = {name: shown_message(why, request) for name, why in shown["dense"].items()}
+    if "warnings" in shown:
+        shown["warnings"] = [shown_message(line, request) for line in shown["warnings"]]
+    prediction = shown.get("report", {}).get("prediction", {})
+    if "reason" in prediction:
+        prediction = prediction | {"reason": shown_message(prediction["reason"], request)}
+        shown["report"] = shown["report"] | {"prediction": prediction}
+    return shown
 
 
 async def events(jobs: Jobs, job: JobRecord) -> AsyncIterator[bytes]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -194,6 +195,21 @@ def test_a_setting_that_cannot_work_ends_the_job_with_its_reason(server: Gateway
     assert "no.such.module" in last["error"]["message"]
     assert server.http.delete(f"/v1/quantizations/{job['id']}").json()["deleted"] is True
     assert server.get(f"/v1/quantizations/{job['id']}").status_code == 404
+
+
+def test_an_error_names_the_fields_of_the_request(server: GatewayServer, models_dir: Path) -> None:
+    """Though the same sentence names options on a terminal (tests/engine/quantize/test_job.py)."""
+    job = submit(server, "short", calibration={"source": {"texts": ["the cat sang"]}})
+    error = follow(server, job["id"])[-1][1]["error"]
+    assert error["code"] == "invalid"
+    assert re.fullmatch(
+        r"'calibration' texts: \d+ tokens are too few to tell inputs apart; give 64 at the least \(some "
+        r"thousand are usual\), or use 'method' rtn",
+        error["message"],
+    )
+    left_out = submit(server, "parts", method="rtn", dynamic={"-:.*q_proj": {}})
+    dense = follow(server, left_out["id"])[-1][1]["result"]["dense"]
+    assert set(dense.values()) == {"left out by 'dynamic'"}
 
 
 def test_cancel_while_queued_and_while_running(server: GatewayServer, models_dir: Path) -> None:

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from uuid import uuid4
 from ..engine.errors import ConflictError, EngineError, NotFoundError
 from ..engine.quantize.options import resumable
 from .job_store import JobRecord, JobStore, Status
+from .job_texts import JobTexts
 from .task_process import Json, TaskProcess, task_process
 
 logger = logging.getLogger("nybble")
@@ -36,8 +37,9 @@ class JobLimits:
 class Jobs:
     """Quantization jobs, the oldest first. All methods belong to one event loop."""
 
-    def __init__(self, store: JobStore, limits: JobLimits) -> None:
+    def __init__(self, store: JobStore, texts: JobTexts, limits: JobLimits) -> None:
         self._store = store
+        self._texts = texts
         self._limits = limits
         self._jobs: dict[str, JobRecord] = {}
         self._changed = asyncio.Event()  # replaced at each change: whoever waits for the old one wakes
@@ -47,6 +49,7 @@ class Jobs:
         self._closing = False
         self._runner: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()  # of the store
+        self._texts_lock = asyncio.Lock()
 
     async def start(self) -> None:
         """Read the jobs; what was running when the server ended goes on. Errors: EngineError."""
@@ -54,6 +57,8 @@ class Jobs:
             self._jobs[job.id] = job
             if job.status == "running":
                 job.status = "queued"
+        async with self.texts():
+            pass  # what a killed server left of jobs that had ended, or never began
         self._runner = asyncio.create_task(self._run(), name="quantization jobs")
 
     async def stop(self) -> None:
@@ -125,6 +130,15 @@ class Jobs:
             await asyncio.to_thread(shutil.rmtree, aside, ignore_errors=True)
         return job
 
+    @asynccontextmanager
+    async def texts(self) -> AsyncIterator[JobTexts]:
+        """The texts of requests. None is removed inside; on leaving, those that no unfinished job names."""
+        async with self._texts_lock:
+            try:
+                yield self._texts
+            finally:
+                await asyncio.to_thread(self._texts.keep, self.all())
+
     def _maker(self, output: str) -> JobRecord | None:
         """The job that has not ended and makes ``output``."""
         found = (j for j in self._jobs.values() if not j.ended and j.request["output"] == output)
@@ -151,6 +165,9 @@ class Jobs:
         """What cannot be stored now is logged: the job itself must not fail by it."""
         try:
             await self._write(self._store.update, job)
+            if job.ended:  # not before that is stored: else the next start would go on with it
+                async with self.texts():
+                    pass
         except EngineError as error:
             logger.error("job %s: %s", job.id, error)
         self._notify()

@@ -29,6 +29,7 @@ from .fleet import Fleet
 from .gateway import Gateway, Phase
 from .job_metrics import JobCollector
 from .job_store import JobStore, only_server_of
+from .job_texts import JobTexts
 from .jobs import JobLimits, Jobs
 from .limits import Admission
 from .metrics import Metrics
@@ -104,7 +105,8 @@ async def admin_of(gateway: Gateway, fleet: Fleet) -> AsyncIterator[Admin]:
     with only_server_of(folder) as hidden:
         url = settings.database_url or f"sqlite:///{hidden / 'jobs.sqlite'}"
         store = await asyncio.to_thread(JobStore, url, str(folder))
-        jobs = Jobs(store, JobLimits(settings.quantize_threads, settings.quantize_memory))
+        limits = JobLimits(settings.quantize_threads, settings.quantize_memory)
+        jobs = Jobs(store, JobTexts(hidden), limits)
         await jobs.start()
         gateway.metrics.registry.register(JobCollector(jobs))
         try:

@@ -1,8 +1,6 @@
 """POST /v1/quantizations and its jobs: from a body to a job's options, and what is shown of it."""
 
 import asyncio
-import hashlib
-import json
 import re
 from collections.abc import AsyncIterator
 from dataclasses import fields
@@ -19,6 +17,7 @@ from ..engine.quantize.options import QuantizeOptions
 from .cli_quantize import Quantize
 from .fleet import Fleet
 from .job_store import JobRecord
+from .job_texts import JobTexts
 from .job_words import field_of, in_api_words, shown_message
 from .jobs import Jobs
 
@@ -109,23 +108,17 @@ class Quantizations:
         out = self._output(body.output)
         if body.gate is not None and not body.report:
             raise RequestError("'gate': needs the quality report; leave 'report' out", param="gate")
-        texts = {
-            option: await asyncio.to_thread(self._text, getattr(body, name).source, f"{name}.source")
-            for name, option in (("calibration", "calibration"), ("evaluation", "eval_text"))
-        }
-        options = {**body.model_dump(exclude=_OWN), "model": str(model), "out": str(out), **texts}
-        _refuse_options(options)
         layers = ModelFiles(model).config.get("num_hidden_layers")
-        request = {
-            "model": body.model,
-            "output": body.output,
-            **body.model_dump(include=body.model_fields_set - _OWN),
-            "calibration": {"source": _shown_source(body.calibration.source)},
-            "evaluation": {"source": _shown_source(body.evaluation.source)},
-            "gate": None if body.gate is None else body.gate.model_dump(),
-            "options": options,
-        }
-        return await self.jobs.submit(request, layers)
+        async with self.jobs.texts() as kept:
+            texts = {
+                option: await asyncio.to_thread(
+                    self._text, kept, getattr(body, name).source, f"{name}.source"
+                )
+                for name, option in (("calibration", "calibration"), ("evaluation", "eval_text"))
+            }
+            options = {**body.model_dump(exclude=_OWN), "model": str(model), "out": str(out), **texts}
+            _refuse_options(options)
+            return await self.jobs.submit(_request(body, options), layers)
 
     def model_folder(self, name: str) -> Path:
         """Of a served name, or a folder under --models-dir. Errors: RequestError, NotFoundError."""
@@ -161,16 +154,10 @@ class Quantizations:
             raise ConflictError(f"'output' {name}: exists already; choose another name", param="output")
         return out
 
-    def _text(self, source: "str | Texts", param: str) -> str | None:
+    def _text(self, kept: JobTexts, source: "str | Texts", param: str) -> str | None:
         """The file to read, None for the built-in text."""
         if isinstance(source, Texts):
-            # JSON lines keep a text whole that contains the separator of documents.
-            content = "".join(json.dumps({"text": text}) + "\n" for text in source.texts).encode()
-            folder = self._models_dir / ".nybble"
-            folder.mkdir(exist_ok=True)
-            path = folder / f"texts-{hashlib.sha256(content).hexdigest()[:32]}.jsonl"
-            path.write_bytes(content)
-            return str(path)
+            return str(kept.write(source.texts))
         if source == "default":
             return None
         if self._data_dir is None:
@@ -179,6 +166,19 @@ class Quantizations:
         if not _is_file(path):
             raise NotFoundError(f"'{param}' {source:.200}: no file under --data-dir", param=param)
         return str(path)
+
+
+def _request(body: Any, options: Json) -> Json:
+    """What a job is kept with: the body, its texts by their number, and the task's options."""
+    return {
+        "model": body.model,
+        "output": body.output,
+        **body.model_dump(include=body.model_fields_set - _OWN),
+        "calibration": {"source": _shown_source(body.calibration.source)},
+        "evaluation": {"source": _shown_source(body.evaluation.source)},
+        "gate": None if body.gate is None else body.gate.model_dump(),
+        "options": options,
+    }
 
 
 def _refuse_options(options: Json) -> None:

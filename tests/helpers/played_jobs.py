@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from nybble.server import jobs as module
 from nybble.server.job_store import JobRecord, JobStore
+from nybble.server.job_texts import JobTexts
 from nybble.server.jobs import JobLimits, Jobs
 
 RESULT = {"event": "result"}
@@ -36,7 +37,9 @@ class Played:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
         self.tasks: list[PlayedTask] = []
-        self.jobs = Jobs(JobStore(f"sqlite:///{folder / 'jobs.sqlite'}", str(folder)), JobLimits(1))
+        self.texts = JobTexts(folder)
+        store = JobStore(f"sqlite:///{folder / 'jobs.sqlite'}", str(folder))
+        self.jobs = Jobs(store, self.texts, JobLimits(1))
         monkeypatch.setattr(module, "task_process", self._start)
 
     @asynccontextmanager
@@ -44,8 +47,9 @@ class Played:
         self.tasks.append(PlayedTask())
         yield self.tasks[-1]
 
-    async def submit(self, output: str) -> JobRecord:
-        options = {"out": str(self.folder / output)}
+    async def submit(self, output: str, **texts: str) -> JobRecord:
+        """texts: the options that name some."""
+        options = {"out": str(self.folder / output), **texts}
         return await self.jobs.submit({"output": output, "options": options}, 3)
 
     async def started(self, count: int) -> PlayedTask:

@@ -152,3 +152,4 @@ def test_kills_lose_the_block_at_hand_at_the_most(jobs: Jobs, models_dir: Path) 
         configs = [json.loads((models_dir / out / "config.json").read_text()) for out in (how, "whole")]
         assert configs[0] == configs[1]
         assert list(models_dir.glob(f".{how}.*")) == [], "what was killed left something"
+        assert list((models_dir / ".nybble").glob("texts-*")) == [], "the texts of the request are left"

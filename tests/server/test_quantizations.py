@@ -107,6 +107,12 @@ def test_texts_of_a_request_stay_whole(server: GatewayServer, models_dir: Path) 
     text = last["result"]["report"]["text"]
     assert text["bytes"] == sum(len(text.encode()) for text in texts)
     assert text["name"].startswith("texts-")
+    assert texts_of(models_dir) == [], "they outlived the job"
+
+
+def texts_of(models_dir: Path) -> list[Path]:
+    """Those of requests that the server keeps."""
+    return list((models_dir / ".nybble").glob("texts-*"))
 
 
 def test_the_gate(server: GatewayServer, models_dir: Path) -> None:
@@ -161,13 +167,16 @@ BAD = [
 
 
 @pytest.mark.parametrize(("fields", "status", "said"), BAD)
-def test_requests_that_make_no_job(server: GatewayServer, fields: Any, status: int, said: str) -> None:
+def test_requests_that_make_no_job(
+    server: GatewayServer, models_dir: Path, fields: Any, status: int, said: str
+) -> None:
     before = len(server.get("/v1/quantizations").json()["data"])
     answer = server.post("/v1/quantizations", {"model": "original", "output": "x", **SMALL, **fields})
     assert answer.status_code == status, answer.text
     assert said in answer.json()["error"]["message"]
     assert answer.json()["error"]["param"].partition(".")[0] in {"evaluation", *fields}
     assert len(server.get("/v1/quantizations").json()["data"]) == before
+    assert texts_of(models_dir) == []
 
 
 def test_a_link_out_of_the_folder_is_no_way_out(server: GatewayServer, models_dir: Path) -> None:

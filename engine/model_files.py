@@ -14,6 +14,7 @@ Json = dict[str, Any]
 DEMO_FOLDER = Path(__file__).parent / "demo" / "gptq-4bit-g64"
 MAX_JSON_BYTES = 16 << 20
 MAX_TOKENIZER_BYTES = 256 << 20
+PROVENANCE = "provenance"  # of config.json: what ``engine.quantize`` says of a checkpoint of its own
 # Weights as safetensors, configuration, templates, tokenizers and their slow sources; no pickles, no code.
 _HUB_ALLOWED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
 _HUB_IGNORED = ("original/*", "onnx/*")

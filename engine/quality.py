@@ -4,7 +4,8 @@
      "layers": [...], "modules": [...]}
 
 with a side {"name", "format", "bytes", "bits_per_weight", "nll", "perplexity"}. nll, nll_increase and kl are
-nats per token; kl is from the original's distribution. ``nybble quantize`` adds "prediction" and "run".
+nats per token; kl is from the original's distribution. ``nybble quantize`` adds "prediction", "run" and,
+where it was given one, "gate".
 """
 
 import math

@@ -1,5 +1,6 @@
 """The routes that change the server: quantization jobs, models. They need the admin key."""
 
+import asyncio
 import hmac
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -12,7 +13,15 @@ from starlette.responses import Response, StreamingResponse
 from ..engine.errors import AuthError, ConflictError, ForbiddenError
 from .gateway import Gateway
 from .openapi import request_schema
-from .quantizations import LoadBody, Quantizations, UnloadBody, events, quantization_body, shown
+from .quantizations import (
+    LoadBody,
+    Quantizations,
+    UnloadBody,
+    events,
+    quantization_body,
+    refused_by_gate,
+    shown,
+)
 from .switch import Switch
 from .wire import json_response, read_json
 
@@ -107,7 +116,7 @@ class Admin:
         service = self._service
         body = LoadBody.model_validate(await self._fields(request))
         folder = service.model_folder(body.model)
-        if (reason := service.refused_by_gate(folder.resolve())) is not None:
+        if (reason := await asyncio.to_thread(refused_by_gate, folder)) is not None:
             raise ConflictError(f"'model' {body.model}: {reason}", param="model")
         return json_response(await self._switch.load(folder, body.alias, body.strategy))
 

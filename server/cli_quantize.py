@@ -112,6 +112,13 @@ class Quantize:
         bool | None,
         typer.Option(help="Report the loss change that gradients predict. [default: up to 100 M parameters]"),
     ] = None
+    max_nll_increase: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NATS",
+            help="A gate: where the NLL per token rises by more, OUT says so, and servers do not load it.",
+        ),
+    ] = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep finished blocks when interrupted, and go on from them.")

@@ -139,6 +139,12 @@ def _quantize(given: Quantize) -> None:
     if "report" in summary:
         _print_report(summary["report"])
         typer.echo(f"more in {summary['out']}/quality.html and quality.json")
+        if not summary.get("gate", {}).get("passed", True):
+            limit = summary["gate"]["max_nll_increase"]
+            typer.echo(
+                f"nybble: --max-nll-increase {limit:g}: not passed; OUT is kept, and says so", err=True
+            )
+            raise typer.Exit(GIVE_UP)
     else:
         typer.echo(f"what it cost: nybble eval {summary['out']} --against {given.model}")
 

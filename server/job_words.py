@@ -10,7 +10,7 @@ _FLAG = re.compile(r"(?<![\w-])(?<!nybble serve )--[a-z][a-z-]*")
 _ARGUMENT = re.compile(r"(?<!\S)(MODEL|OUT)(?=[\s:,;]|$)")
 _FIELDS = {
     **{"MODEL": "model", "OUT": "output", "eval_text": "evaluation"},
-    **{"sym": "symmetric", "asym": "symmetric"},
+    **{"sym": "symmetric", "asym": "symmetric", "max_nll_increase": "gate.max_nll_increase"},
 }
 _VALUES = {"--sym": "true", "--asym": "false"}
 _NOT_HERE = " or add --overwrite"  # no job replaces a folder

@@ -206,7 +206,7 @@ class Jobs:
                 break
             logger.warning("job %s: %s (attempt %d of %d)", job.id, last["message"], attempt, _ATTEMPTS)
         if last["event"] == "result":  # also where it was to be cancelled: the checkpoint is there
-            job.result = _result(last, job.request.get("gate"))
+            job.result = {name: value for name, value in last.items() if name != "event"}
             job.progress["eta_seconds"] = 0
             await self._end(job, "succeeded")
         elif job.id in self._cancelling:
@@ -269,14 +269,6 @@ class Pace:
         eta = round((now - began) / (done - first) * (total - done), 1) if done > first else None
         shown = {"phase": event["phase"], "done": done, "total": total, "eta_seconds": eta}
         return shown | {name: event[name] for name in ("layer", "loss") if name in event}
-
-
-def _result(summary: Json, gate: Json | None) -> Json:
-    result = {name: value for name, value in summary.items() if name != "event"}
-    if gate is not None:
-        rise = result["report"]["nll_increase"]
-        result["gate"] = {**gate, "nll_increase": rise, "passed": rise <= gate["max_nll_increase"]}
-    return result
 
 
 def _reason(error: Json | None) -> str:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic_core import to_json
 
 from ..engine.errors import ConfigError, ConflictError, NotFoundError, RequestError
-from ..engine.model_files import ModelFiles
+from ..engine.model_files import PROVENANCE, ModelFiles
 from ..engine.quantize.options import QuantizeOptions
 from .cli_quantize import Quantize
 from .fleet import Fleet
@@ -24,7 +24,8 @@ from .jobs import Jobs
 _KEEPALIVE_SECONDS = 15.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _OTHERWISE = {
-    *("model", "out", "calibration", "eval_text", "overwrite", "resume", "revision", "num_threads"),
+    *("model", "out", "calibration", "eval_text", "max_nll_increase"),
+    *("overwrite", "resume", "revision", "num_threads"),
 }
 _OWN = {"model", "output", "calibration", "evaluation", "gate"}  # the API's, not the CLI's
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -117,6 +118,7 @@ class Quantizations:
                 for name, option in (("calibration", "calibration"), ("evaluation", "eval_text"))
             }
             options = {**body.model_dump(exclude=_OWN), "model": str(model), "out": str(out), **texts}
+            options["max_nll_increase"] = None if body.gate is None else body.gate.max_nll_increase
             _refuse_options(options)
             return await self.jobs.submit(_request(body, options), layers)
 
@@ -130,19 +132,6 @@ class Quantizations:
                 f"'model' {name:.200}: neither served nor a model under --models-dir", param="model"
             )
         return folder
-
-    def refused_by_gate(self, folder: Path) -> str | None:
-        """Why the checkpoint in ``folder`` must not be served, or None. A folder has many spellings."""
-        for job in reversed(self.jobs.all()):
-            if Path(job.request["options"]["out"]).resolve() == folder and job.status == "succeeded":
-                gate = (job.result or {}).get("gate")
-                if gate is None or gate["passed"]:
-                    return None
-                return (
-                    f"job {job.id} did not pass its gate: NLL rose by {gate['nll_increase']:.4f}, "
-                    f"allowed are {gate['max_nll_increase']:g}"
-                )
-        return None
 
     def _output(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
@@ -187,6 +176,20 @@ def _refuse_options(options: Json) -> None:
         QuantizeOptions(**options)
     except ConfigError as error:
         raise RequestError(in_api_words(error.message), param=field_of(error.message)) from error
+
+
+def refused_by_gate(folder: Path) -> str | None:
+    """Why the checkpoint in ``folder`` must not be loaded, or None: it carries the verdict itself, so that it
+    holds without the job, in a copy, and on another server. Errors: CheckpointError."""
+    origin = ModelFiles(folder).config.get(PROVENANCE)
+    gate = origin.get("gate") if isinstance(origin, dict) else None
+    if gate is None or (isinstance(gate, dict) and gate.get("passed") is True):
+        return None
+    try:
+        told = f"NLL rose by {gate['nll_increase']:.4f}, allowed are {gate['max_nll_increase']:g}"
+    except (TypeError, KeyError, ValueError):
+        told = f"its config.json says {str(gate)[:100]}"
+    return f"did not pass its gate: {told}; quantize the original again, with more bits or a larger gate"
 
 
 def _inside(root: Path, name: str, param: str, option: str) -> Path:

@@ -22,7 +22,7 @@ from ..formats.overlay import FILE, is_extra
 from ..formats.safetensors_files import SafetensorsFiles
 from ..hardware import available_memory
 from ..model.plan import LM_HEAD
-from ..model_files import resolve_model
+from ..model_files import PROVENANCE, resolve_model
 from ..quality_page import page
 from ..tokenizer import Tokenizer
 from .calibrate import Calibration, load_calibration
@@ -30,8 +30,8 @@ from .head import describe_head, head_spec, quantize_head, with_head
 from .methods import get_method
 from .options import QuantizeOptions
 from .pipeline import Method
-from .provenance import KEY, describe, provenance
-from .report import Report, main_figures, measure, read_held_out, with_modules
+from .provenance import describe, provenance
+from .report import Report, main_figures, measure, read_held_out, verdict, with_modules
 from .results import QuantizedModule, Stage
 from .scratch import Scratch
 from .source import TARGET, Source
@@ -116,6 +116,8 @@ def quantize(
                 summary |= _summary(source, writer, tally, meta)
                 if held is not None:
                     report = _report(measure(options, work, stage, held, made), summary, started)
+                    if options.max_nll_increase is not None:
+                        report["gate"] = summary["gate"] = verdict(report, options.max_nll_increase)
                     _add_report(report, source, writer, storage, origin)
                     summary["report"] = {key: value for key, value in report.items() if key != "modules"}
                 writer.commit()
@@ -263,7 +265,7 @@ def _copy_files(source: Source, writer: CheckpointWriter, storage: Format, origi
         if path.is_file() and path.name not in _REWRITTEN and not _WEIGHT_FILES.fullmatch(path.name):
             writer.add_file(path)
     entries = storage.config_entries()
-    writer.add_json("config.json", source.model.config | entries | {KEY: origin})
+    writer.add_json("config.json", source.model.config | entries | {PROVENANCE: origin})
     if "quantization_config" in entries:
         writer.add_json("quantize_config.json", entries["quantization_config"])
 
@@ -282,8 +284,8 @@ def _report(measured: Report, summary: dict[str, Any], started: float) -> Report
 def _add_report(
     report: Report, source: Source, writer: CheckpointWriter, storage: Format, origin: dict[str, Any]
 ) -> None:
-    origin = origin | {"quality": main_figures(report)}
-    writer.add_json("config.json", source.model.config | storage.config_entries() | {KEY: origin})
+    origin = origin | {"quality": main_figures(report), "gate": report.get("gate")}
+    writer.add_json("config.json", source.model.config | storage.config_entries() | {PROVENANCE: origin})
     writer.add_json("quality.json", report)
     writer.add_text("quality.html", page(report))
 

@@ -1,5 +1,6 @@
 """What ``nybble quantize`` was asked for, validated once. Without torch: the gateway validates a job's."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -57,7 +58,8 @@ class QuantizeOptions:
     that differ; the first that matches at a name's start decides, and one that begins with "-:" leaves the
     module dense. report: measure the quality on eval_text (None: the text in this package), its first
     eval_tokens (None: all of it up to 100 M parameters, else 64 k). predict: the loss change by gradients too
-    (None: up to 100 M parameters). resume: keep finished blocks when interrupted, and go on from those of
+    (None: up to 100 M parameters). max_nll_increase: a gate, nats per token of that text; whether it was
+    passed is kept in the checkpoint. resume: keep finished blocks when interrupted, and go on from those of
     the same options.
     """
 
@@ -98,6 +100,7 @@ class QuantizeOptions:
     eval_text: str | None = None
     eval_tokens: int | None = None
     predict: bool | None = None
+    max_nll_increase: float | None = None
     overwrite: bool = False
     resume: bool = False
     num_threads: int | None = None
@@ -178,6 +181,8 @@ class QuantizeOptions:
             raise ConfigError(
                 f"--smooth-alpha {self.smooth_alpha}: has no effect without --transform smoothquant"
             )
+        if self.max_nll_increase is not None and not 0 <= self.max_nll_increase < math.inf:
+            raise ConfigError(f"--max-nll-increase {self.max_nll_increase}: must be a number, 0 or more")
         if not (self.mse == 0 or 1 <= self.mse <= 10):
             raise ConfigError(f"--mse {self.mse}: use 0 (off) or an exponent from 1 to 10 (2.4 is usual)")
 
@@ -186,8 +191,9 @@ class QuantizeOptions:
             ("--eval-text", self.eval_text),
             ("--eval-tokens", self.eval_tokens),
             ("--predict", self.predict),
+            ("--max-nll-increase", self.max_nll_increase),
         ):
-            if value not in (None, False) and not self.report:
+            if value is not None and value is not False and not self.report:
                 raise ConfigError(f"{option}: has no effect without --report; leave it out")
         composed = self.method in USERS["base"]
         methods = (self.method, self.base if composed else None, self.transform)

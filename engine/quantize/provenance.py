@@ -1,8 +1,8 @@
 """Where a checkpoint comes from: ``config.json["provenance"]``, whatever its format.
 
-{"tool", "method", "settings", "options", "model", "calibration", "versions", "quality"}: enough to make it
-again and to tell whether that was done. No time and no path: the same run gives the same bytes. Other readers
-of config.json keep keys that they do not know.
+{"tool", "method", "settings", "options", "model", "calibration", "versions", "quality", "gate"}: enough to
+make it again, to tell whether that was done, and whether servers may load it. No time and no path: the same
+run gives the same bytes. Other readers of config.json keep keys that they do not know.
 """
 
 import hashlib
@@ -16,18 +16,17 @@ from .calibrate import Calibration
 from .options import QuantizeOptions
 from .source import Source
 
-KEY = "provenance"
 _LIBRARIES = ("torch", "numpy", "safetensors", "tokenizers")
 _NOT_THE_RESULT = (
     *("model", "out", "overwrite", "resume", "num_threads", "calibration"),
-    *("report", "eval_text", "eval_tokens", "predict"),
+    *("report", "eval_text", "eval_tokens", "predict", "max_nll_increase"),
 )
 
 
 def provenance(
     options: QuantizeOptions, settings: dict[str, Any], calibration: Calibration | None, source: Source
 ) -> dict[str, Any]:
-    """The block, its quality yet to be measured. settings: the method's own."""
+    """The block, its quality and the gate yet to be measured. settings: the method's own."""
     chosen = {key: value for key, value in asdict(options).items() if key not in _NOT_THE_RESULT}
     return {
         "tool": f"nybble {__version__}",
@@ -38,6 +37,7 @@ def provenance(
         "calibration": None if calibration is None else describe(calibration),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
         "quality": None,
+        "gate": None,
     }
 
 

@@ -102,6 +102,16 @@ def main_figures(report: Report) -> dict[str, Any]:
     }
 
 
+def verdict(report: Report, max_nll_increase: float) -> dict[str, Any]:
+    """The gate: how much the NLL may rise, how much it did, and whether that is allowed."""
+    rise = report["nll_increase"]
+    return {
+        "max_nll_increase": max_nll_increase,
+        "nll_increase": rise,
+        "passed": rise <= max_nll_increase,
+    }
+
+
 def num_params(source: Source) -> int:
     """Parameters of the original."""
     return sum(math.prod(info.shape) for info in source.files.tensors.values())

@@ -17,7 +17,7 @@ from .options import QuantizeOptions, resumable
 
 _NO_MATTER = (  # to what the blocks hold
     *("out", "overwrite", "resume", "num_threads"),
-    *("report", "eval_text", "eval_tokens", "predict"),
+    *("report", "eval_text", "eval_tokens", "predict", "max_nll_increase"),
 )
 
 WAIT_SECONDS = 20.0  # a killed server's process ends within them, once it has seen that

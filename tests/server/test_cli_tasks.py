@@ -134,6 +134,33 @@ def test_events_reach_the_terminal(
     assert captured.out == ""
 
 
+@pytest.mark.parametrize("passed", [True, False, None])
+def test_a_gate_that_is_not_passed_fails_the_command(
+    passed: bool | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it measured is shown all the same."""
+    side = {"nll": 1.0, "perplexity": 2.7}
+    report = {
+        "text": {"whole": True, "tokens": 9, "name": "t", "context": 4},
+        "model": side,
+        "original": side,
+    }
+    report |= {"nll_increase": 0.2, "kl": 0.1, "top1_agreement": 0.9}
+    report |= {"prediction": {"computed": False, "reason": "none"}}
+    summary = {"event": "result", "out": "b", "modules": [], "dense": {}, "warnings": [], "report": report}
+    summary |= {"bytes_before": 2, "bytes_after": 1, "bits_per_weight": 4.0, "seconds": 1.0}
+    summary |= {"bits_per_quantized_weight": None, "peak_rss_bytes": 1}
+    if passed is not None:
+        summary["gate"] = {"max_nll_increase": 0.1, "nll_increase": 0.2, "passed": passed}
+    fake_child(monkeypatch, f"import sys\nsys.stdin.read()\nprint({json.dumps(summary)!r})")
+    assert call(monkeypatch, "quantize", "a", "b", "--max-nll-increase", "0.1") == (
+        1 if passed is False else 0
+    )
+    captured = capsys.readouterr()
+    assert "more in b/quality.html" in captured.out
+    assert ("--max-nll-increase 0.1: not passed" in captured.err) == (passed is False)
+
+
 def test_how_a_task_can_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     error = {"event": "error", "message": "too bad", "user_error": True}
     fake_child(monkeypatch, f"print({json.dumps(error)!r})")

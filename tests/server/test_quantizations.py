@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from gateway_server import GatewayServer, running
+from nybble.server.quantizations import refused_by_gate
 from tiny_models import tiny_transformer
 from tiny_tokenizer import write_tokenizer
 
@@ -115,7 +116,7 @@ def texts_of(models_dir: Path) -> list[Path]:
     return list((models_dir / ".nybble").glob("texts-*"))
 
 
-def test_the_gate(server: GatewayServer, models_dir: Path) -> None:
+def test_the_gate(server: GatewayServer, models_dir: Path, folder: Path, tmp_path: Path) -> None:
     """What does not pass is kept, and not served; what passes is."""
     load = {"model": "coarse", "alias": "another"}
     # Two bits cost this random model 0.18 nats on this text; on others they gain.
@@ -130,12 +131,35 @@ def test_the_gate(server: GatewayServer, models_dir: Path) -> None:
     for spelling in ("coarse", "./coarse", "coarse/", "coarse//."):
         answer = server.post("/v1/models/load", load | {"model": spelling})
         assert answer.status_code == 409, spelling
-        assert f"job {job['id']} did not pass its gate: NLL rose by {rise:.4f}" in answer.text
+        assert f"did not pass its gate: NLL rose by {rise:.4f}, allowed are 0; quantize" in answer.text
+    # The checkpoint knows it itself: without the job, under another name, and on a server that made nothing.
+    assert server.http.delete(f"/v1/quantizations/{job['id']}").json()["deleted"] is True
+    assert server.post("/v1/models/load", load).status_code == 409
+    shutil.copytree(models_dir / "coarse", tmp_path / "copy")
+    with running(folder, models_dir=tmp_path, admin_key="adm") as other:
+        answer = other.post("/v1/models/load", load | {"model": "copy"}, headers=ADMIN)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (409, "model")
     job = submit(server, "fine", method="rtn", bits=8, gate={"max_nll_increase": rise / 2}, evaluation=text)
     assert follow(server, job["id"])[-1][1]["result"]["gate"]["passed"] is True
     answer = server.post("/v1/models/load", load | {"model": "fine"}, timeout=120)
     assert answer.status_code == 200, answer.text
     assert server.post("/v1/models/unload", {"model": "another"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("gate", "refused"),
+    [
+        (None, False),
+        ({"max_nll_increase": 0.1, "nll_increase": 0.05, "passed": True}, False),
+        ({"max_nll_increase": 0.1, "nll_increase": 0.15, "passed": False}, True),
+        ({"max_nll_increase": "?", "passed": "True"}, True),
+        ({}, True),
+        ("passed", True),
+    ],
+)
+def test_only_a_gate_that_was_passed_is_passed(gate: Any, refused: bool, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"provenance": {"gate": gate}}))
+    assert (refused_by_gate(tmp_path) is not None) == refused
 
 
 BAD = [

@@ -157,3 +157,17 @@ def test_an_interrupt_while_it_is_measured_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         quantize(options, interrupt, lambda _: None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["held out.txt", "original"]
+
+
+def test_the_gate_is_part_of_the_checkpoint(make_model: Any, text: Path, tmp_path: Path) -> None:
+    folder, _ = make_model("llama")
+    rise = run(folder, tmp_path / "free", method="rtn", bits=2, eval_text=str(text))["report"]["nll_increase"]
+    assert json.loads((tmp_path / "free/config.json").read_text())["provenance"]["gate"] is None
+    for name, limit in (("passed", abs(rise)), ("failed", abs(rise) * 0.5)):
+        given = {"method": "rtn", "bits": 2, "eval_text": str(text), "max_nll_increase": limit}
+        summary = run(folder, tmp_path / name, **given)
+        gate = {"max_nll_increase": limit, "nll_increase": rise, "passed": rise <= limit}
+        origin = json.loads((tmp_path / name / "config.json").read_text())["provenance"]
+        assert summary["gate"] == origin["gate"] == gate
+        assert json.loads((tmp_path / name / "quality.json").read_text())["gate"] == gate
+    assert gate["passed"] is False, "else this proves nothing"

@@ -13,12 +13,14 @@ class QuantSpec:
 
     ``group_size`` -1 is one group over the whole row. It need not divide the row: the last group is
     then shorter. ``actorder`` "group" means that ``g_idx`` may be any assignment of inputs to groups.
+    ``least_zero``: whoever makes the codes uses no zero point below it, 0 or 1.
     """
 
     num_bits: int
     group_size: int
     symmetric: bool
     actorder: Literal["none", "group"] = "none"
+    least_zero: int = 0
 
     def num_groups(self, in_features: int) -> int:
         """Groups in a row of ``in_features``."""

@@ -10,7 +10,9 @@ Weight[n, k] = scales[g_idx[k], n] * (code[k, n] - zero[g_idx[k], n]).
 
 The minus one of v1 was subtracted from whole int32 words (2, 4 and 8 bits), so it is added back to whole
 words: a zero point of 0 borrowed from its neighbour, and only this undoes it. 3-bit fields straddle words
-and wrap one by one. Source: GPTQModel 7 (utils/model.py, nn_modules/qlinear), whose arithmetic tests check.
+and wrap one by one. Kernels that read v1 field by field (AutoGPTQ's, exllama's) see something else there, so
+v1 is written without zero points of 0 (``QuantSpec.least_zero``). Source: GPTQModel 7 (utils/model.py,
+nn_modules/qlinear), whose arithmetic tests check.
 """
 
 import re

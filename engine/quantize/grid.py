@@ -88,16 +88,24 @@ def _range(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 def _grid(low: Tensor, high: Tensor, spec: QuantSpec) -> Grid:
     max_code = 2**spec.num_bits - 1
-    half = ((high - low) / max_code).to(torch.float16)
+    scales = _half_scales(low, high, max_code)
+    if spec.symmetric:
+        return Grid(scales, torch.full_like(scales, 2 ** (spec.num_bits - 1)), max_code)
+    zeros = torch.round(-low / scales).clamp_(0, max_code)
+    below = zeros < spec.least_zero
+    if bool(below.any()):  # the codes above the zero point reach as far as before, in coarser steps
+        wider = _half_scales(torch.zeros_like(low), high, max_code - spec.least_zero)
+        scales, zeros = torch.where(below, wider, scales), zeros.clamp_(min=spec.least_zero)
+    return Grid(scales, zeros, max_code)
+
+
+def _half_scales(low: Tensor, high: Tensor, steps: int) -> Tensor:
+    """fp16 numbers, in the dtype of ``low``, ``steps`` of which reach from ``low`` to ``high``."""
+    half = ((high - low) / steps).to(torch.float16)
     if not bool(torch.isfinite(half).all()):
         low_, high_ = float(low.min()), float(high.max())
         raise ScaleOverflowError(f"fp16 cannot hold its scales (weights in {low_:g}..{high_:g})")
-    scales = half.clamp_(min=SMALLEST_SCALE).to(low.dtype)
-    if spec.symmetric:
-        zeros = torch.full_like(scales, 2 ** (spec.num_bits - 1))
-    else:
-        zeros = torch.round(-low / scales).clamp_(0, max_code)
-    return Grid(scales, zeros, max_code)
+    return half.clamp_(min=SMALLEST_SCALE).to(low.dtype)
 
 
 def round_nearest(

@@ -14,7 +14,7 @@ from .grid import StaysDenseError, round_nearest
 from .options import DENSE_BITS, QuantizeOptions
 from .results import QuantizedModule
 from .source import Source
-from .storage import refused_shape
+from .storage import general_spec, refused_shape
 
 
 def head_spec(source: Source, options: QuantizeOptions) -> QuantSpec | None:
@@ -27,7 +27,7 @@ def head_spec(source: Source, options: QuantizeOptions) -> QuantSpec | None:
             f"--lm-head-bits {options.lm_head_bits}: this model's output head is its embedding, which "
             "checkpoints keep as floats; leave it out, and let nybble serve --lm-head-bits round it"
         )
-    spec = QuantSpec(options.lm_head_bits, options.group_size, options.symmetric)
+    spec = replace(general_spec(options), num_bits=options.lm_head_bits, actorder="none")
     reason = "with --bits 16 nothing is rounded"
     if options.bits != DENSE_BITS:
         reason = refused_shape(part.out_features, part.in_features, spec, options) or ""

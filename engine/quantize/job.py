@@ -35,7 +35,7 @@ from .report import Report, main_figures, measure, read_held_out, verdict, with_
 from .results import QuantizedModule, Stage
 from .scratch import Scratch
 from .source import TARGET, Source
-from .storage import general_spec, refuse_unlike, refused_shape, storage_for
+from .storage import describe_zeros, general_spec, refuse_unlike, refused_shape, storage_for
 from .work import Log, Progress, Work
 from .writer import CheckpointWriter
 
@@ -93,6 +93,8 @@ def quantize(
         specs, dense = choose_modules(source, options)
         head = head_spec(source, options)
         log(describe_head(source, head))
+        if (said := describe_zeros(options, specs)) is not None:
+            log(said)
         names = [name for module in (*specs, LM_HEAD) for name in _longest_names(module)]
         with CheckpointWriter(out, [*names, *source.files], options.overwrite) as writer:
             calibration = _calibration(options, method, source, log)

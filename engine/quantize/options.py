@@ -46,8 +46,8 @@ class QuantizeOptions:
     """model: folder or hub id. out: the new folder. Everything else has the CLI option's name.
 
     base: the method that requant and gwq build on. transform: None: the method's own (awq for awq).
-    checkpoint_format None: "gptq" (v1) for symmetric, "gptq_v2" for asymmetric weights; "compressed-tensors"
-    (sparse-24-bitmask) where weights are only pruned.
+    checkpoint_format None: "gptq" (v1) for symmetric, "gptq_v2" where any weights are asymmetric;
+    "compressed-tensors" (sparse-24-bitmask) where weights are only pruned.
     lm_head_bits None: the output head stays as it is; else it is rounded to nearest.
     calibration None: the text in this package. damping: share of the mean of H's diagonal.
     mse: exponent of the range search, 0: off. group_size -1: one group over each row.
@@ -112,6 +112,7 @@ class QuantizeOptions:
         self._check_users()
 
     def _check_spec(self) -> None:
+        _check_dynamic(self.dynamic or {})
         if self.bits == DENSE_BITS and self.method == "sparse24":
             if self.storage != "compressed-tensors":
                 raise ConfigError(
@@ -129,7 +130,6 @@ class QuantizeOptions:
             raise ConfigError(f"--lm-head-bits {self.lm_head_bits}: use {_or(BITS)}, or leave it out")
         if self.storage == "awq" and self.bits != AWQ_BITS:
             raise ConfigError(f"--bits {self.bits}: --checkpoint-format awq holds 4 bits only; use gptq")
-        _check_dynamic(self.dynamic or {})
 
     def _check_choices(self) -> None:
         for option, value, choices in (
@@ -213,7 +213,9 @@ class QuantizeOptions:
             return self.checkpoint_format
         if self.bits == DENSE_BITS:
             return "compressed-tensors"
-        return "gptq" if self.symmetric else "gptq_v2"
+        overrides = (self.dynamic or {}).values()
+        symmetric = self.symmetric and all(override.get("symmetric", True) for override in overrides)
+        return "gptq" if symmetric else "gptq_v2"
 
     def refuse_actorder(self, why: str) -> None:
         """ConfigError where an order of inputs was asked for that the method has no use for."""

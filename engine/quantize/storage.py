@@ -21,7 +21,11 @@ _CLASS = "Linear"  # compressed-tensors' name for every linear; the output head 
 def general_spec(options: QuantizeOptions) -> QuantSpec:
     """How each module is to be quantized that ``dynamic`` does not name."""
     free = options.actorder == "group" and not options.static_groups
-    return QuantSpec(options.bits, options.group_size, options.symmetric, "group" if free else "none")
+    # v1 stores each zero point minus one, and readers disagree about 0 (engine/formats/gptq.py).
+    least_zero = 1 if options.storage == "gptq" else 0
+    return QuantSpec(
+        options.bits, options.group_size, options.symmetric, "group" if free else "none", least_zero
+    )
 
 
 def refused_shape(out: int, in_: int, spec: QuantSpec, options: QuantizeOptions) -> str | None:
@@ -36,6 +40,16 @@ def refuse_unlike(options: QuantizeOptions, specs: Mapping[str, QuantSpec]) -> N
     for name, spec in specs.items() if options.storage == "awq" else ():
         if spec != general_spec(options):
             raise ConfigError(f"--checkpoint-format awq: {name} is {spec}, but all must be alike; use gptq")
+
+
+def describe_zeros(options: QuantizeOptions, specs: Mapping[str, QuantSpec]) -> str | None:
+    """What the format costs asymmetric weights, for people; None: nothing."""
+    if options.storage != "gptq" or all(spec.symmetric for spec in specs.values()):
+        return None
+    return (
+        "checkpoint format gptq (v1) has no zero point of 0 that all engines read alike: groups that would "
+        "have it get coarser steps; gptq_v2 has none of this"
+    )
 
 
 def storage_for(

@@ -92,3 +92,24 @@ def test_excluded_weights_do_not_count() -> None:
     exclude = torch.tensor([[False, False, True, False]])
     grid = fit(weight, QuantSpec(4, -1, True), exclude=exclude)
     assert float(grid.scales) == pytest.approx(2 / 15, rel=1e-3)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("mse", [0.0, 2.4])
+def test_a_zero_point_of_0_can_be_left_out(bits: int, mse: float) -> None:
+    """The largest weight stays in reach; groups that have another zero point stay as they are."""
+    random = torch.Generator().manual_seed(0)
+    weight = torch.cat([torch.rand(4, 32, generator=random), torch.randn(4, 32, generator=random)])
+    free = fit(weight, QuantSpec(bits, -1, False), mse)
+    bound = fit(weight, QuantSpec(bits, -1, False, least_zero=1), mse)
+    assert free.zeros[:4].flatten().tolist() == [0.0] * 4
+    assert bound.zeros[:4].flatten().tolist() == [1.0] * 4
+    assert torch.equal(free.zeros[4:], bound.zeros[4:])
+    assert torch.equal(free.scales[4:], bound.scales[4:])
+    positive, steps = weight[:4], 2**bits - 1
+    grid = fit(positive, QuantSpec(bits, -1, False, least_zero=1), mse)
+    assert torch.equal(grid.scales, bound.scales[:4])
+    if mse == 0:
+        worst = (grid.values(grid.codes(positive)) - positive).abs().amax(1, keepdim=True)
+        assert bool((worst <= 0.501 * grid.scales).all())
+        assert bool((grid.scales <= 1.002 * free.scales[:4] * steps / (steps - 1)).all())

@@ -6,7 +6,6 @@ import pytest
 from nybble.engine.errors import ConfigError
 from nybble.engine.quantize.options import USERS, QuantizeOptions
 from nybble.engine.quantize.storage import general_spec
-from nybble.kernels.layout import QuantSpec
 
 
 @pytest.mark.parametrize(
@@ -64,7 +63,7 @@ def test_every_user_table_entry_is_an_option() -> None:
 
 def test_static_groups_need_no_g_idx() -> None:
     options = QuantizeOptions("a", "b", actorder="group", static_groups=True)
-    assert general_spec(options) == QuantSpec(4, 128, True, "none")
+    assert general_spec(options).actorder == "none"
     assert general_spec(QuantizeOptions("a", "b", actorder="group")).actorder == "group"
     assert general_spec(QuantizeOptions("a", "b", actorder="gar")).actorder == "none"
 
@@ -80,3 +79,14 @@ def test_static_groups_need_no_g_idx() -> None:
 )
 def test_the_format_follows(given: dict[str, Any], storage: str) -> None:
     assert QuantizeOptions("a", "b", **given).storage == storage
+
+
+def test_the_format_that_asymmetric_weights_are_stored_in() -> None:
+    """Also where only some modules are asymmetric; a format that was asked for stays."""
+    some = {"a": {"bits": 8}, "b": {"symmetric": False}}
+    assert QuantizeOptions("a", "b").storage == "gptq"
+    assert QuantizeOptions("a", "b", symmetric=False).storage == "gptq_v2"
+    assert QuantizeOptions("a", "b", dynamic=some).storage == "gptq_v2"
+    asked = QuantizeOptions("a", "b", dynamic=some, checkpoint_format="gptq")
+    assert (asked.storage, general_spec(asked).least_zero) == ("gptq", 1)
+    assert general_spec(QuantizeOptions("a", "b", dynamic=some)).least_zero == 0

@@ -270,7 +270,9 @@ class _Pass:
             else:
                 sizes = [len(module.weight) for module in todo]
                 for module, stop, size in zip(todo, accumulate(sizes), sizes, strict=True):
-                    yield module.name, packed.rows(stop - size, stop)
+                    part = packed.rows(stop - size, stop)
+                    # An overlay without an entry would still be stored, with where each of its rows begins.
+                    yield module.name, part if module.exclude is not None else replace(part, outliers=None)
                 return
         for module in todo:
             try:

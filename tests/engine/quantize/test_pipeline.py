@@ -158,14 +158,14 @@ def test_a_second_round_keeps_what_it_is_told_to(recipe: Recipe, make_model: Any
             for module in second.load(index).modules:
                 assert module.weight is not None
                 if module.name not in chosen:
-                    assert module.weight.outliers is None or not len(module.weight.outliers.values)
+                    assert module.weight.outliers is None  # an empty overlay's row pointers would be stored
                     continue
                 original, mask = block.weights()[module.name], chosen[module.name]
                 exact = (module.weight.dequantize() - original)[mask]
                 if isinstance(recipe.rounder, RTN):  # GPTQ's sweep moves them before it keeps them
                     torch.testing.assert_close(exact, torch.zeros_like(exact), rtol=0, atol=1e-3)
                 assert 0 < len(module.weight.outliers.values) <= int(mask.sum())  # type: ignore[union-attr]
-    assert set(second.residuals()) >= set(chosen)
+    assert set(second.residuals()) == set(chosen)
 
 
 def test_modules_may_differ(make_model: Any, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import torch
 
 from ..kernels.cpu.contention import waits_are_counted
 from ..kernels.dispatch import Ops, Target
-from ..kernels.layout import PackedWeight, QuantSpec
 from ..kernels.triton.linear import keep_compiled, warm
 from .check import check_weights_fit, estimate_weights, free_memory
 from .config import EngineConfig
@@ -25,9 +24,9 @@ from .model.config import ModelConfig
 from .model.decoder import Decoder
 from .model.loader import LoadedModel, load_model, resolve_target
 from .model.plan import find_problems, problems_error, weight_plan
+from .model.served_head import head_rounder
 from .model_files import ModelFiles
 from .plan import NewSequence, ScheduledSequence, StepPlan
-from .quantize.grid import round_nearest
 from .records import ModelInfo, SamplingParams
 from .runner import Runner
 from .step_model import EagerModel, StepModel, kv_cache_dtype, tape_refusal
@@ -50,7 +49,7 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[Engine, Mode
     eos_token_ids = files.eos_token_ids()
     target = _with_kernels(_plan_load(files, config))
     clock.lap("check")
-    loaded = load_model(files, config, progress, target, _head_rounder(config))
+    loaded = load_model(files, config, progress, target, head_rounder(config))
     clock.lap("weights")
     if _compile_ahead(loaded, config, target, progress):
         clock.lap("kernels")
@@ -125,18 +124,6 @@ def _tape_module(loaded: LoadedModel, config: EngineConfig, progress: Progress) 
         return import_module(".tape_model", __package__)
     progress("kv cache", 0, 1, f"steps run op by op, not as a tape: {reason}")
     return None
-
-
-def _head_rounder(config: EngineConfig) -> Callable[[PackedWeight], PackedWeight] | None:
-    """Rounds a dense output head to ``config.lm_head_bits`` in groups of 32, symmetric; None: leave it."""
-    if config.lm_head_bits is None:
-        return None
-    spec = QuantSpec(config.lm_head_bits, 32, symmetric=True)
-
-    def round_head(head: PackedWeight) -> PackedWeight:
-        return replace(round_nearest(head.dequantize(), spec), bias=head.bias)
-
-    return round_head
 
 
 class _Clock:

@@ -21,6 +21,7 @@ from .compare import compare
 from .config import CpuActivations, CpuKernels, DType, EngineConfig
 from .documents import Documents, Encoder, read_documents
 from .errors import ConfigError
+from .model.plan import layer_plan
 from .model.streamed import StreamedModel
 from .model_files import ModelFiles, resolve_model
 from .quality import Side, describe_text, quality_report, weight_errors
@@ -40,8 +41,9 @@ class EvaluateOptions:
     """model, against: folders or hub ids. text: see ``read_documents``; None: a short one in this package.
 
     max_len: tokens of context, None: the model's. max_documents, max_tokens: score only the first ones.
-    cpu_kernels, cpu_activations: score as served with them; without ``against``, rounded activations are
-    compared with exact ones. json, html: files for the report of a comparison.
+    cpu_kernels, cpu_activations, lm_head_bits: score as served with them; without ``against``, rounded
+    activations and a rounded head are compared with exact ones. json, html: files for the report of a
+    comparison.
     """
 
     model: str
@@ -55,6 +57,7 @@ class EvaluateOptions:
     num_threads: int | None = None
     cpu_kernels: CpuKernels | None = None
     cpu_activations: CpuActivations | None = None
+    lm_head_bits: int | None = None
     json: str | None = None
     html: str | None = None
 
@@ -66,6 +69,8 @@ class EvaluateOptions:
         ):
             if given is not None and given not in get_args(kind):
                 raise ConfigError(f"{option} {given}: use {', '.join(get_args(kind))}")
+        if self.lm_head_bits not in (None, 4, 8):
+            raise ConfigError(f"--lm-head-bits {self.lm_head_bits}: use 4 or 8, or leave it out")
         for option, value, least in (
             ("--max-len", self.max_len, 4),
             ("--max-documents", self.max_documents, 1),
@@ -113,7 +118,12 @@ class _Task:
 
     def run(self) -> dict[str, Any]:
         """The figures."""
-        scores = {"model": str(self.folder), "text": self.documents.name, "dtype": self.options.dtype}
+        scores: dict[str, Any] = {
+            "model": str(self.folder),
+            "text": self.documents.name,
+            "dtype": self.options.dtype,
+        }
+        scores |= {} if self.options.lm_head_bits is None else {"lm_head_bits": self.options.lm_head_bits}
         if self.other is None:
             score, kernel, compared = self._score()
             scores |= {} if kernel is None else {"kernel": kernel}
@@ -123,14 +133,14 @@ class _Task:
         with ExitStack() as stack:
             model, original = (stack.enter_context(StreamedModel(f)) for f in (self.folder, self.other))
             _check_vocabulary(self.passage, model, original, self.options)
-            layers, modules = [], {}
+            layers = []
             if self._side_by_side(model, original):
                 found = compare(original, model, self.passage.windows, self.progress)
                 score, layers = found.score, found.layer_errors
-                modules = weight_errors(model, original)
             else:
                 score, kernel, _ = self._score()
                 scores |= {} if kernel is None else {"kernel": kernel}
+            modules = weight_errors(model, original) if _linears(model) == _linears(original) else {}
             sides = Side.of(self.folder.name, model), Side.of(self.other.name, original)
         text = describe_text(self.documents, self.passage, self.max_len)
         report = quality_report(score, sides, text, layers)
@@ -141,9 +151,11 @@ class _Task:
     def _side_by_side(self, model: StreamedModel, original: StreamedModel) -> bool:
         """Whether both can be compared block by block, exactly, where that is as quick as whole models."""
         alike = (model.num_layers, model.hidden_size) == (original.num_layers, original.hidden_size)
+        plain = self.served is None and self.options.dtype == "float32"
         if not alike:
             self.log("the models differ in blocks or width: no errors by layer")
-        plain = self.served is None and self.options.dtype == "float32"
+        elif not plain:
+            self.log("errors by layer need an exact score; those by module are of the weights as stored")
         return alike and plain and not torch.cuda.is_available()
 
     def _score(self) -> tuple[Score, str | None, bool]:
@@ -162,8 +174,8 @@ class _Task:
             original = Scorer(self.other, dtype, self.progress)
         else:
             _check_vocabulary(self.passage, model, model, self.options)
-            if self.served is not None and self.served.low_bit_activations != "fp32":
-                exact = replace(self.served, dtype="float32", cpu_activations="fp32")
+            if self.served is not None and _rounds(self.served):
+                exact = replace(self.served, dtype="float32", cpu_activations="fp32", lm_head_bits=None)
                 original = ServedScorer(exact, self.progress, lambda _: None)
         score = score_windows(self.passage.windows, model, original, self.progress)
         return score, kernel, original is not None
@@ -192,6 +204,13 @@ def _replace(path: Path, content: str, option: str) -> None:
         raise ConfigError(f"{option} {path}: cannot be written ({error.strerror or error})") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _linears(model: StreamedModel) -> list[tuple[str, int, int]]:
+    """Those of the blocks: name, outputs, inputs. Models that have the same can be told their errors."""
+    slots = [slot for index in range(model.num_layers) for slot in layer_plan(model.config, index)]
+    parts = [part for slot in slots if slot.kind == "linear" for part in slot.parts]
+    return [(part.name, part.out_features, part.in_features) for part in parts]
 
 
 def _of_bytes(passage: Passage) -> str:
@@ -223,7 +242,7 @@ def evaluate(options: EvaluateOptions, progress: Progress, log: Log) -> dict[str
 
 def _served_config(options: EvaluateOptions, folder: Path, longest: int) -> EngineConfig | None:
     """The engine that a kernel option asks for; None: no such option. ``longest``: a window's tokens."""
-    if options.cpu_kernels is None and options.cpu_activations is None:
+    if options.cpu_kernels is None and options.cpu_activations is None and options.lm_head_bits is None:
         return None
     tokens = max(BATCH_TOKENS, longest)
     return EngineConfig(
@@ -236,4 +255,10 @@ def _served_config(options: EvaluateOptions, folder: Path, longest: int) -> Engi
         num_threads=options.num_threads,
         cpu_kernels=options.cpu_kernels or "auto",
         cpu_activations=options.cpu_activations,
+        lm_head_bits=options.lm_head_bits,
     )
+
+
+def _rounds(config: EngineConfig) -> bool:
+    """Whether an engine computes with less than the checkpoint holds."""
+    return config.low_bit_activations != "fp32" or config.lm_head_bits is not None

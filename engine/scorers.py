@@ -15,6 +15,7 @@ from .errors import ConfigError
 from .hardware import default_threads
 from .model.decoder import Decoder, causal_attend
 from .model.loader import LoadedModel, load_model
+from .model.served_head import head_rounder
 from .model_files import ModelFiles
 from .scoring import LOGIT_ROWS, Score, Window, batches_of, scored_rows
 from .step_model import EagerModel, StepModel, kv_cache_dtype, tape_refusal
@@ -76,7 +77,8 @@ class ServedScorer:
             if line:
                 log(line)
 
-        loaded = load_model(ModelFiles(Path(config.model)), config, report)
+        files = ModelFiles(Path(config.model))
+        loaded = load_model(files, config, report, round_head=head_rounder(config))
         if config.cpu_activations not in (None, "fp32"):
             _check_rounded(loaded, config.low_bit_activations)
         self.vocab_size = loaded.config.vocab_size

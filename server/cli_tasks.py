@@ -43,8 +43,8 @@ class Check:
 class Evaluate:
     """Score MODEL on text: negative log-likelihood, perplexity, bits per byte; its distance to ORIGINAL.
 
-    Exact by default. With --cpu-kernels or --cpu-activations: as served with them; rounded activations are
-    compared with exact ones, or with ORIGINAL.
+    Exact by default. With --cpu-kernels, --cpu-activations or --lm-head-bits: as served with them; what they
+    round is compared with exact numbers, or with ORIGINAL.
     """
 
     model: Model
@@ -66,6 +66,7 @@ class Evaluate:
     max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Score only the first ones.")] = None
     cpu_kernels: Annotated[CpuKernels | None, typer.Option(help="As serve has it.")] = None
     cpu_activations: Annotated[CpuActivations | None, typer.Option(help="As serve has it.")] = None
+    lm_head_bits: Annotated[int | None, typer.Option(metavar="4|8", help="As serve has it.")] = None
     num_threads: Threads = None
 
 
@@ -202,6 +203,7 @@ def _evaluate(given: Evaluate) -> None:
         + ("" if found["num_bytes"] is None else f", {found['num_bytes']} bytes")
         + f" of {found['text']}, {found['dtype']}"
         + (f", {found['kernel']}" if "kernel" in found else "")
+        + (f", output head in {found['lm_head_bits']} bits" if "lm_head_bits" in found else "")
     )
     compared = ""
     if "against" in found:

@@ -15,7 +15,7 @@ LEVELS = (
     (r"engine\.(errors|records|config|messages|plan|model_files|hardware)", 1),
     (r"engine\.(tokenizer|slow_tokenizer|token_pieces|detokenizer|chat_template|chat_sandbox|documents)", 1),
     (r"engine\.quality_page", 1),
-    (r"engine\.(sequence|block_manager|scheduler|memory|quantize\.options)|engine\.formats(\..+)?", 2),
+    (r"engine\.(sequence|block_manager|scheduler|memory|quantize\.(options|grid))|engine\.formats(\..+)?", 2),
     (r"engine\.model(\..+)?|engine\.(sampler|scoring|compare|quality)", 3),
     (r"engine\.(runner|step_model|tape_model|scorers|evaluate|check|tune)|engine\.quantize(\..+)?", 4),
     (r"engine\.(engine|build)", 5),

@@ -11,11 +11,13 @@ import torch
 from nybble.engine.errors import ConfigError
 from nybble.engine.evaluate import SHIPPED_TEXT, EvaluateOptions, evaluate
 from nybble.engine.hardware import cpu_features
+from nybble.engine.quantize.grid import round_nearest
 from nybble.engine.quantize.job import quantize
 from nybble.engine.quantize.options import QuantizeOptions
 from nybble.engine.tokenizer import Tokenizer
 from nybble.kernels.cpu.numba_linear import bf16_refusal, instruction_set
 from nybble.kernels.dispatch import Target
+from nybble.kernels.layout import QuantSpec
 from tiny_models import tiny_transformer
 from tiny_tokenizer import write_tokenizer
 
@@ -136,6 +138,7 @@ def test_progress_and_the_shipped_text(tmp_path: Path) -> None:
     [
         ({"dtype": "int8"}, "--dtype int8: use auto, float32, float16, bfloat16"),
         ({"cpu_kernels": "sse"}, "--cpu-kernels sse: use auto"),
+        ({"lm_head_bits": 3}, "--lm-head-bits 3: use 4 or 8, or leave it out"),
         ({"cpu_activations": "fp8"}, "--cpu-activations fp8: use int8"),
         ({"cpu_activations": "int8"}, "--cpu-activations int8: MODEL has no low-bit weights"),
         ({"max_len": 3}, "--max-len 3: must be at least 4"),
@@ -275,3 +278,47 @@ def test_models_of_other_depth_have_no_errors_by_layer(tmp_path: Path, text: Pat
     assert found["kl_per_token"] > 0
     few = run(tmp_path / "flat", text, max_tokens=3)
     assert (few["num_tokens"], few["num_bytes"], few["bits_per_byte"]) == (3, None, None)
+
+
+@compiled
+def test_as_served_with_a_rounded_head(tmp_path: Path, text: Path) -> None:
+    """The same head as the server's: groups of 32, to nearest, symmetric; beside exact numbers unasked."""
+    model = save(tmp_path / "model")
+    exact = run(tmp_path / "model", text)
+    found = {bits: run(tmp_path / "model", text, lm_head_bits=bits) for bits in (8, 4)}
+    for bits, figures in found.items():
+        assert figures["against"] == "itself in fp32"
+        assert figures["against_nll_per_token"] == pytest.approx(exact["nll_per_token"], rel=1e-6)
+        rounded = round_nearest(model.lm_head.weight, QuantSpec(bits, 32, True)).dequantize()
+        other = tmp_path / f"rounded-{bits}"
+        save(other)
+        copy = tiny_transformer("llama", vocab_size=300, eos_token_id=0).requires_grad_(False)
+        copy.lm_head.weight.copy_(rounded)
+        copy.save_pretrained(other)
+        assert figures["nll_per_token"] == pytest.approx(run(other, text)["nll_per_token"], rel=1e-5)
+    assert found[4]["kl_per_token"] > 10 * found[8]["kl_per_token"] > 0
+
+
+@compiled
+def test_a_page_of_a_model_as_served_has_the_errors_of_its_weights(low_bit: Path, text: Path) -> None:
+    """Those of its blocks need the exact score."""
+    original = str(low_bit.parent / "original")
+    exact = run(low_bit, text, max_len=8, against=original)["report"]
+    lines: list[str] = []
+    page = low_bit.parent / "page.html"
+    served = {"cpu_activations": "int8", "lm_head_bits": 8, "max_len": 8, "html": str(page)}
+    options = EvaluateOptions(str(low_bit), original, str(text), **served)  # type: ignore[arg-type]
+    report = evaluate(options, lambda *_: None, lines.append)["report"]
+    assert report["modules"] == exact["modules"] != []
+    assert (report["layers"], exact["layers"] != []) == ([], True)
+    assert any(line.startswith("errors by layer need an exact score") for line in lines)
+    assert page.read_text().count("<figure>") == 1
+    assert "Error of each module&#x27;s weights" in page.read_text()
+
+
+def test_models_of_other_shapes_have_no_errors_by_module(tmp_path: Path, text: Path) -> None:
+    save(tmp_path / "one")
+    save(tmp_path / "other", intermediate_size=64)
+    report = run(tmp_path / "one", text, against=str(tmp_path / "other"))["report"]
+    assert report["modules"] == []
+    assert len(report["layers"]) == 3

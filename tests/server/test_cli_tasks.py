@@ -52,10 +52,10 @@ def test_the_three_commands(
     shown = capsys.readouterr().out
     assert "NLL per token" in shown
     assert "KL per token" in shown
-    served = ("--cpu-kernels", "torch", "--dtype", "auto")
+    served = ("--cpu-kernels", "torch", "--dtype", "auto", "--lm-head-bits", "8")
     assert call(monkeypatch, "eval", out, "--max-documents", "2", *served) == 0
     shown = capsys.readouterr().out
-    assert "auto, dequant-fp16" in shown
+    assert "auto, dequant-fp16, output head in 8 bits" in shown
     assert "from itself in fp32" in shown
     assert call(monkeypatch, "check", out, "--kv-cache-memory", "1MiB") == 0
     assert "will load" in capsys.readouterr().out

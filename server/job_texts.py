@@ -37,9 +37,9 @@ class JobTexts:
             raise EngineError(f"the texts cannot be stored ({error.strerror or error})") from error
         return path
 
-    def keep(self, jobs: Iterable[JobRecord]) -> None:
-        """Remove what none of ``jobs`` may still read: those that have ended read no more."""
-        named = (job.request["options"].get(option) for job in jobs if not job.ended for option in _OPTIONS)
+    def keep(self, readers: Iterable[JobRecord]) -> None:
+        """Remove what none of ``readers`` names."""
+        named = (job.request["options"].get(option) for job in readers for option in _OPTIONS)
         kept = {Path(path).name for path in named if path is not None}
         for path in self._folder.glob("texts-*"):
             if path.name not in kept:

@@ -50,6 +50,7 @@ class Jobs:
         self._runner: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()  # of the store
         self._texts_lock = asyncio.Lock()
+        self._stored_ends: set[str] = set()  # jobs that no later start goes on with
 
     async def start(self) -> None:
         """Read the jobs; what was running when the server ended goes on. Errors: EngineError."""
@@ -57,6 +58,11 @@ class Jobs:
             self._jobs[job.id] = job
             if job.status == "running":
                 job.status = "queued"
+            if job.ended:
+                self._stored_ends.add(job.id)
+            elif (gate := job.request.get("gate")) is not None:
+                # Before 0.1's end a gate lay in the request only.
+                job.request["options"].setdefault("max_nll_increase", gate["max_nll_increase"])
         async with self.texts():
             pass  # what a killed server left of jobs that had ended, or never began
         self._runner = asyncio.create_task(self._run(), name="quantization jobs")
@@ -125,6 +131,7 @@ class Jobs:
             raise ConflictError(f"job {job.id} is {job.status}; cancel it first")
         await self._write(self._store.remove, job)
         del self._jobs[job.id]
+        self._stored_ends.discard(job.id)
         if self._maker(job.request["output"]) is None:  # else the blocks are that job's
             aside = _set_aside(job)  # before another job of the same output can begin
             await asyncio.to_thread(shutil.rmtree, aside, ignore_errors=True)
@@ -132,12 +139,13 @@ class Jobs:
 
     @asynccontextmanager
     async def texts(self) -> AsyncIterator[JobTexts]:
-        """The texts of requests. None is removed inside; on leaving, those that no unfinished job names."""
+        """The texts of requests. None is removed inside; on leaving, those that no job may still read."""
         async with self._texts_lock:
             try:
                 yield self._texts
             finally:
-                await asyncio.to_thread(self._texts.keep, self.all())
+                readers = [job for job in self._jobs.values() if job.id not in self._stored_ends]
+                await asyncio.to_thread(self._texts.keep, readers)
 
     def _maker(self, output: str) -> JobRecord | None:
         """The job that has not ended and makes ``output``."""
@@ -165,7 +173,8 @@ class Jobs:
         """What cannot be stored now is logged: the job itself must not fail by it."""
         try:
             await self._write(self._store.update, job)
-            if job.ended:  # not before that is stored: else the next start would go on with it
+            if job.ended:
+                self._stored_ends.add(job.id)
                 async with self.texts():
                     pass
         except EngineError as error:

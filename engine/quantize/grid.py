@@ -94,7 +94,7 @@ def _grid(low: Tensor, high: Tensor, spec: QuantSpec) -> Grid:
     zeros = torch.round(-low / scales).clamp_(0, max_code)
     below = zeros < spec.least_zero
     if bool(below.any()):  # the codes above the zero point reach as far as before, in coarser steps
-        wider = _half_scales(torch.zeros_like(low), high, max_code - spec.least_zero)
+        wider = _half_scales(torch.zeros_like(low), high.where(below, 0), max_code - spec.least_zero)
         scales, zeros = torch.where(below, wider, scales), zeros.clamp_(min=spec.least_zero)
     return Grid(scales, zeros, max_code)
 

@@ -93,7 +93,8 @@ def quantize(
         specs, dense = choose_modules(source, options)
         head = head_spec(source, options)
         log(describe_head(source, head))
-        if (said := describe_zeros(options, specs)) is not None:
+        all_specs = [*specs.values(), *([] if head is None else [head])]
+        if (said := describe_zeros(options, all_specs)) is not None:
             log(said)
         names = [name for module in (*specs, LM_HEAD) for name in _longest_names(module)]
         with CheckpointWriter(out, [*names, *source.files], options.overwrite) as writer:

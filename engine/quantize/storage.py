@@ -1,7 +1,7 @@
 """How the checkpoint that a run makes is to be stored."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -42,9 +42,9 @@ def refuse_unlike(options: QuantizeOptions, specs: Mapping[str, QuantSpec]) -> N
             raise ConfigError(f"--checkpoint-format awq: {name} is {spec}, but all must be alike; use gptq")
 
 
-def describe_zeros(options: QuantizeOptions, specs: Mapping[str, QuantSpec]) -> str | None:
-    """What the format costs asymmetric weights, for people; None: nothing."""
-    if options.storage != "gptq" or all(spec.symmetric for spec in specs.values()):
+def describe_zeros(options: QuantizeOptions, specs: Iterable[QuantSpec]) -> str | None:
+    """What the format costs asymmetric weights, for people; None: nothing. specs: the head's too."""
+    if options.storage != "gptq" or all(spec.symmetric for spec in specs):
         return None
     return (
         "checkpoint format gptq (v1) has no zero point of 0 that all engines read alike: groups that would "

@@ -58,10 +58,10 @@ def test_error_is_that_of_the_weights_precision(
 
 
 def test_a_row_is_the_same_bits_whatever_else_is_in_the_batch() -> None:
-    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(150, 64, generator=torch.Generator().manual_seed(3))
     packed = dense_fp16.repack(dense(), FP16)
     whole = packed(x)
-    for rows in (1, 2, 3, 4, 7, 8, 15, 16, 33):
+    for rows in range(1, 150):
         assert torch.equal(packed(x[:rows]), whole[:rows]), rows
 
 

@@ -192,15 +192,19 @@ class PackedWeight:
         return None
 
     def rows(self, start: int, stop: int) -> "PackedWeight":
-        """The outputs [start, stop): a tensor-parallel slice, or one part of a fused weight."""
+        """The outputs [start, stop): a tensor-parallel slice, or one part of a fused weight.
+
+        Without ``outliers`` where none of them has any.
+        """
         cut = slice(start, stop)
+        outliers = None if self.outliers is None else self.outliers.rows(start, stop)
         return replace(
             self,
             values=self.values[cut],
             scales=None if self.scales is None else self.scales[cut],
             zeros=None if self.zeros is None else self.zeros[cut],
             bias=None if self.bias is None else self.bias[cut],
-            outliers=None if self.outliers is None else self.outliers.rows(start, stop),
+            outliers=outliers if outliers is not None and len(outliers.values) else None,
         )
 
     def fuses_with(self, other: "PackedWeight") -> bool:

@@ -97,7 +97,7 @@ class OverlayFormat:
         return found
 
     def read(self, tensors: Mapping[str, Tensor], module: str) -> PackedWeight:
-        """The base's weight with its residuals."""
+        """The base's weight with its residuals, if there are any."""
         weight = self.base.read(tensors, module)
         if module not in self.entries:
             return weight
@@ -110,6 +110,8 @@ class OverlayFormat:
             raise CheckpointError(
                 f"{module}.{_PREFIX}vals: residuals up to {float(values.abs().max()):g} overflow fp16"
             )
+        if not len(cols):
+            return weight  # some kernels take no overlay, not even an empty one
         return replace(weight, outliers=SparseOverlay(rowptr, cols, halves))
 
     def write(self, module: str, weight: PackedWeight) -> dict[str, Tensor]:

@@ -138,11 +138,15 @@ def restore(weight: Tensor, packed: PackedWeight, exclude: Tensor | None) -> Pac
     return replace(packed, outliers=overlay((weight - packed.dequantize()) * exclude))
 
 
-def overlay(residuals: Tensor) -> SparseOverlay:
-    """The entries of ``residuals`` [rows, K] that are not zero. Raises ScaleOverflowError."""
+def overlay(residuals: Tensor) -> SparseOverlay | None:
+    """The entries of ``residuals`` [rows, K] that are not zero. Raises ScaleOverflowError.
+
+    None where fp16 has none: they would still be stored, with where each of their rows begins.
+    """
     if residuals.numel() and not float(residuals.abs().max()) <= HALF_MAX:
         raise ScaleOverflowError(f"fp16 cannot hold its residuals (up to {float(residuals.abs().max()):g})")
-    return SparseOverlay.of(residuals)
+    found = SparseOverlay.of(residuals)
+    return found if len(found.values) else None
 
 
 def pack(codes: Tensor, grids: list[Grid], spec: QuantSpec, g_idx: Tensor | None = None) -> PackedWeight:

@@ -270,9 +270,7 @@ class _Pass:
             else:
                 sizes = [len(module.weight) for module in todo]
                 for module, stop, size in zip(todo, accumulate(sizes), sizes, strict=True):
-                    part = packed.rows(stop - size, stop)
-                    # An overlay without an entry would still be stored, with where each of its rows begins.
-                    yield module.name, part if module.exclude is not None else replace(part, outliers=None)
+                    yield module.name, packed.rows(stop - size, stop)
                 return
         for module in todo:
             try:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,16 @@ def test_wide_inputs_take_32_bits(tmp_path: Path) -> None:
     written = overlay.write(NAME, weight)
     assert written[f"{NAME}.sparse_cols"].tolist() == [40000, 70001]
     assert torch.equal(overlay.read(written, NAME).dequantize(), residuals)
+
+
+def test_no_residuals_are_no_overlay() -> None:
+    """Of a checkpoint that says so: what it loads as fits kernels that take none."""
+    codes = torch.full((8, 64), 8, dtype=torch.uint8)
+    weight = PackedWeight(codes, QuantSpec(4, 32, True), torch.ones(8, 2).half())
+    overlay = OverlayFormat(_Holding(weight), {NAME: 0})  # type: ignore[arg-type]
+    written = overlay.write(NAME, replace(weight, outliers=SparseOverlay.empty(8)))
+    assert len(written) == 3
+    assert overlay.read(written, NAME).outliers is None
 
 
 class _Holding:

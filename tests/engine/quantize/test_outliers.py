@@ -86,3 +86,10 @@ def test_dense_and_sparse_are_the_materialised_weight(share: float) -> None:
     found.outliers.add_to(sparse)
     x = torch.randn(5, 64, generator=RANDOM)
     torch.testing.assert_close(x @ plain.T + x @ sparse.T, x @ found.dequantize().T, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_picked_is_no_overlay() -> None:
+    """Else the beginnings of its rows would be stored."""
+    weight = torch.randn(24, 64, generator=RANDOM)
+    packed = round_nearest(weight, QuantSpec(2, 32, False))
+    assert detach(packed, weight, torch.zeros(24, 64, dtype=torch.bool)).outliers is None

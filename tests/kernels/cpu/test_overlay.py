@@ -144,6 +144,7 @@ def test_fused_and_cut_weights_keep_their_residuals() -> None:
     assert torch.equal(fused.dequantize(), torch.cat([part.dequantize() for part in parts]))
     assert torch.equal(fused.rows(5, 50).dequantize(), fused.dequantize()[5:50])
     assert fused.rows(24, 32).dequantize().equal(second.dequantize())
+    assert fused.rows(24, 32).outliers is None
     entries = int((residuals(24, 64, 0.1) != 0).sum())
     assert first.storage_bytes - quantized(24, 64).storage_bytes == 4 * 25 + entries * (2 + 2)
 

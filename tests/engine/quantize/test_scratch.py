@@ -14,6 +14,7 @@ from nybble.engine.quantize import results, scratch
 from nybble.engine.quantize.job import quantize
 from nybble.engine.quantize.options import QuantizeOptions, resumable
 from nybble.engine.quantize.scratch import Scratch
+from nybble.engine.quantize.work import Log
 from safetensors.torch import load_file
 
 
@@ -22,10 +23,10 @@ def options(folder: Path, out: Path, **more: Any) -> QuantizeOptions:
     return QuantizeOptions(str(folder), str(out), **given)
 
 
-def run(given: QuantizeOptions) -> list[tuple[int | None, float | None]]:
+def run(given: QuantizeOptions, log: Log = lambda _: None) -> list[tuple[int | None, float | None]]:
     """(block, loss) of every module that was told."""
     told: list[tuple[int | None, float | None]] = []
-    quantize(given, lambda *progress: told.append(progress[3:5]), lambda _: None)
+    quantize(given, lambda *progress: told.append(progress[3:5]), log)
     return told[1:]
 
 
@@ -42,9 +43,19 @@ quantize(QuantizeOptions(**json.loads(sys.argv[1])), progress, lambda _: None)
 """
 
 
-def killed(given: QuantizeOptions, after: int) -> None:
-    """In a process of its own, which is killed after ``after`` modules."""
-    command = [sys.executable, "-P", "-c", KILLED, json.dumps(asdict(given)), str(after)]
+# What choosing modules was before GPTQ v1 had a least zero point.
+ZEROS_OF_0 = """
+from dataclasses import replace
+from nybble.engine.quantize import job
+
+spec_of = job.general_spec
+job.general_spec = lambda options: replace(spec_of(options), least_zero=0)
+"""
+
+
+def killed(given: QuantizeOptions, after: int, before: str = "") -> None:
+    """In a process of its own, which is killed after ``after`` modules; ``before``: what it runs first."""
+    command = [sys.executable, "-P", "-c", before + KILLED, json.dumps(asdict(given)), str(after)]
     assert subprocess.run(command, timeout=120, check=False).returncode == -signal.SIGKILL
 
 
@@ -72,6 +83,7 @@ def test_blocks_of_another_run_are_not_taken(change: str, make_model: Any, tmp_p
     killed(first, after=17)
     assert len(results.Stage(resumable(tmp_path / "out") / "quantize")) == 2
     second = first
+    said = {"option": "damping", "model": "model", "calibration": "calibration_sha256"}[change]
     if change == "option":
         second = options(folder, tmp_path / "out", calibration=str(text), damping=0.02)
     elif change == "model":
@@ -79,8 +91,31 @@ def test_blocks_of_another_run_are_not_taken(change: str, make_model: Any, tmp_p
         model.save_pretrained(folder)
     else:
         text.write_text("the dog ran to the sea " * 60)
-    assert len([loss for _, loss in run(second) if loss is not None]) == 21
+    lines: list[str] = []
+    assert len([loss for _, loss in run(second, lines.append) if loss is not None]) == 21
+    assert f"--resume: begins anew; what an earlier run left, with other {said}, is removed" in lines
     assert not resumable(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("note", ["as it was", "half written"])
+def test_blocks_of_an_earlier_rounding_are_not_taken(note: str, make_model: Any, tmp_path: Path) -> None:
+    """Zero points of 0, which v1 groups had once, would fail the run after all its work."""
+    folder, model = make_model("llama")
+    model.model.layers[0].mlp.up_proj.weight.data.abs_()
+    model.save_pretrained(folder)
+    given = options(folder, tmp_path / "out", method="rtn", bits=2, symmetric=False, checkpoint_format="gptq")
+    left = resumable(tmp_path / "out")
+    killed(given, after=17, before=ZEROS_OF_0)
+    block = results.Stage(left / "quantize").load(0)
+    assert any(m.weight is not None and bool((m.weight.zeros == 0).any()) for m in block.modules)
+    run_json = left / "run.json"
+    text = run_json.read_text()
+    was = {part: value for part, value in json.loads(text).items() if part != "rounding"}
+    run_json.write_text(json.dumps(was, sort_keys=True) if note == "as it was" else text[:90])
+    lines: list[str] = []
+    assert run(given, lines.append)[-1][0] == 2
+    said = "other rounding" if note == "as it was" else "unreadable options"
+    assert f"--resume: begins anew; what an earlier run left, with {said}, is removed" in lines
 
 
 def test_threads_and_place_do_not_matter_to_blocks(make_model: Any, tmp_path: Path) -> None:
@@ -97,13 +132,13 @@ def test_two_runs_never_share_a_folder(
     folder, _ = make_model("llama")
     given = options(folder, tmp_path / "out")
     with (
-        Scratch(tmp_path / "out", given, folder),
+        Scratch(tmp_path / "out", given, folder, print),
         pytest.raises(ConfigError, match="another run is making it"),
-        Scratch(tmp_path / "out", given, folder),
+        Scratch(tmp_path / "out", given, folder, print),
     ):
         pass
     assert not resumable(tmp_path / "out").exists()
-    with Scratch(tmp_path / "out", given, folder) as mine:  # the lock ended with its holder
+    with Scratch(tmp_path / "out", given, folder, print) as mine:  # the lock ended with its holder
         assert json.loads((mine.folder / "run.json").read_text())["options"]["group_size"] == 32
 
 
@@ -118,7 +153,7 @@ def test_a_process_that_is_about_to_end_is_waited_for(make_model: Any, tmp_path:
     with subprocess.Popen(command, stdout=subprocess.PIPE) as dying:
         assert dying.stdout is not None
         dying.stdout.readline()
-        with Scratch(tmp_path / "out", given, folder):
+        with Scratch(tmp_path / "out", given, folder, print):
             assert dying.wait(10) == 0
 
 
@@ -126,7 +161,7 @@ def test_without_resume_nothing_outlives_a_run(make_model: Any, tmp_path: Path) 
     folder, _ = make_model("llama")
     given = options(folder, tmp_path / "out", resume=False)
     for error in (KeyboardInterrupt, RuntimeError, ConfigError):
-        with pytest.raises(error), Scratch(tmp_path / "out", given, folder):
+        with pytest.raises(error), Scratch(tmp_path / "out", given, folder, print):
             raise error("x")
     assert [p.name for p in tmp_path.iterdir()] == ["original"]
     assert resumable(tmp_path / "a").name == ".a.work"
@@ -137,7 +172,7 @@ def test_a_place_that_cannot_be_written(make_model: Any, tmp_path: Path) -> None
     (tmp_path / "file").touch()
     with (
         pytest.raises(ConfigError, match="cannot be written"),
-        Scratch(tmp_path / "file" / "out", options(folder, tmp_path / "out"), folder),
+        Scratch(tmp_path / "file" / "out", options(folder, tmp_path / "out"), folder, print),
     ):
         pass
 

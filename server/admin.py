@@ -116,7 +116,8 @@ class Admin:
         service = self._service
         body = LoadBody.model_validate(await self._fields(request))
         folder = service.model_folder(body.model)
-        if (reason := await asyncio.to_thread(refused_by_gate, folder)) is not None:
+        reason = await asyncio.to_thread(refused_by_gate, folder, service.jobs.all())
+        if reason is not None:
             raise ConflictError(f"'model' {body.model}: {reason}", param="model")
         return json_response(await self._switch.load(folder, body.alias, body.strategy))
 

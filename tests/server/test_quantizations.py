@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from gateway_server import GatewayServer, running
+from nybble.server.job_store import JobRecord
 from nybble.server.quantizations import refused_by_gate
 from tiny_models import tiny_transformer
 from tiny_tokenizer import write_tokenizer
@@ -132,6 +133,14 @@ def test_the_gate(server: GatewayServer, models_dir: Path, folder: Path, tmp_pat
         answer = server.post("/v1/models/load", load | {"model": spelling})
         assert answer.status_code == 409, spelling
         assert f"did not pass its gate: NLL rose by {rise:.4f}, allowed are 0; quantize" in answer.text
+    config = models_dir / "coarse" / "config.json"
+    text_of_config, content = config.read_text(), json.loads(config.read_text())
+    del content["provenance"]["gate"]  # as checkpoints were once: then the job still knows it
+    config.write_text(json.dumps(content))
+    answer = server.post("/v1/models/load", load | {"model": "./coarse"})
+    assert answer.status_code == 409
+    assert f"did not pass its gate: NLL rose by {rise:.4f}, allowed are 0; quantize" in answer.text
+    config.write_text(text_of_config)
     # The checkpoint knows it itself: without the job, under another name, and on a server that made nothing.
     assert server.http.delete(f"/v1/quantizations/{job['id']}").json()["deleted"] is True
     assert server.post("/v1/models/load", load).status_code == 409
@@ -159,7 +168,25 @@ def test_the_gate(server: GatewayServer, models_dir: Path, folder: Path, tmp_pat
 )
 def test_only_a_gate_that_was_passed_is_passed(gate: Any, refused: bool, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"provenance": {"gate": gate}}))
-    assert (refused_by_gate(tmp_path) is not None) == refused
+    assert (refused_by_gate(tmp_path, []) is not None) == refused
+
+
+@pytest.mark.parametrize(("origin", "refused"), [({}, True), ({"gate": None}, False), (None, False)])
+def test_the_last_job_knows_a_gate_that_its_checkpoint_does_not(
+    origin: Any, refused: bool, tmp_path: Path
+) -> None:
+    """Of before it did. Not that of one that was made otherwise since, nor of another model in its place."""
+
+    def job(out: str, result: Any) -> JobRecord:
+        return JobRecord(out, 0, {"options": {"out": str(tmp_path / out)}}, "succeeded", result=result)
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text(json.dumps({"provenance": origin}))
+    bad, good = ({"gate": {"max_nll_increase": 0, "nll_increase": 1, "passed": p}} for p in (False, True))
+    last = [job("mine", good), job("mine", bad), job("mine", None), job("other", good)]
+    assert (refused_by_gate(tmp_path / "mine", last) is not None) == refused
+    assert refused_by_gate(tmp_path / "mine", [job("mine", bad), job("mine", good)]) is None
+    assert refused_by_gate(tmp_path / "mine", [job("mine", bad), job("mine", {})]) is None
 
 
 BAD = [

@@ -51,7 +51,7 @@ class Scratch:
             if before != self._print:
                 if before is not None:
                     other = _differing(before, self._print)
-                    self._log(f"--resume: begins anew; what an earlier run left, with {other}, is removed")
+                    self._log(f"Begins anew: what an earlier run left, with {other}, is removed")
                 for path in self.folder.iterdir():
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
                 note.write_text(self._print)

@@ -93,7 +93,7 @@ def test_blocks_of_another_run_are_not_taken(change: str, make_model: Any, tmp_p
         text.write_text("the dog ran to the sea " * 60)
     lines: list[str] = []
     assert len([loss for _, loss in run(second, lines.append) if loss is not None]) == 21
-    assert f"--resume: begins anew; what an earlier run left, with other {said}, is removed" in lines
+    assert f"Begins anew: what an earlier run left, with other {said}, is removed" in lines
     assert not resumable(tmp_path / "out").exists()
 
 
@@ -115,7 +115,7 @@ def test_blocks_of_an_earlier_rounding_are_not_taken(note: str, make_model: Any,
     lines: list[str] = []
     assert run(given, lines.append)[-1][0] == 2
     said = "other rounding" if note == "as it was" else "unreadable options"
-    assert f"--resume: begins anew; what an earlier run left, with {said}, is removed" in lines
+    assert f"Begins anew: what an earlier run left, with {said}, is removed" in lines
 
 
 def test_threads_and_place_do_not_matter_to_blocks(make_model: Any, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Jobs in a database, so that they survive restarts."""
 
 import fcntl
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -84,6 +85,14 @@ class JobStore:
             self._table.metadata.create_all(self._engine)
         except (SQLAlchemyError, ImportError) as error:
             raise ConfigError(f"--database-url {shown}: cannot be used ({_first_line(error)})") from error
+
+    @property
+    def mark(self) -> str:
+        """A name for the database, by its URL without the password (of SQLite: by its file)."""
+        url = self._engine.url
+        if url.get_backend_name() == "sqlite" and url.database is not None:
+            url = url.set(database=str(Path(url.database).absolute()))
+        return hashlib.sha256(url.render_as_string(hide_password=True).encode()).hexdigest()[:12]
 
     def load(self) -> list[JobRecord]:
         """All jobs, the oldest first. Errors: EngineError."""

@@ -28,6 +28,7 @@ class JobTexts:
         path = self._folder / f"texts-{hashlib.sha256(content).hexdigest()[:32]}.jsonl"
         partial = path.with_suffix(".partial")  # a job may be reading the file that is there
         try:
+            self._folder.mkdir(exist_ok=True)
             with partial.open("wb") as file:
                 file.write(content)
                 file.flush()

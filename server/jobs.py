@@ -140,12 +140,19 @@ class Jobs:
     @asynccontextmanager
     async def texts(self) -> AsyncIterator[JobTexts]:
         """The texts of requests. None is removed inside; on leaving, those that no job may still read."""
-        async with self._texts_lock:
-            try:
-                yield self._texts
-            finally:
-                readers = [job for job in self._jobs.values() if job.id not in self._stored_ends]
-                await asyncio.to_thread(self._texts.keep, readers)
+        await self._texts_lock.acquire()
+        try:
+            yield self._texts
+        finally:
+            await asyncio.shield(self._sweep_texts())
+
+    async def _sweep_texts(self) -> None:
+        """Gives the lock back only when its thread has ended, also where whoever waits is cancelled."""
+        try:
+            readers = [job for job in self._jobs.values() if job.id not in self._stored_ends]
+            await asyncio.to_thread(self._texts.keep, readers)
+        finally:
+            self._texts_lock.release()
 
     def _maker(self, output: str) -> JobRecord | None:
         """The job that has not ended and makes ``output``."""

@@ -106,7 +106,9 @@ async def admin_of(gateway: Gateway, fleet: Fleet) -> AsyncIterator[Admin]:
         url = settings.database_url or f"sqlite:///{hidden / 'jobs.sqlite'}"
         store = await asyncio.to_thread(JobStore, url, str(folder))
         limits = JobLimits(settings.quantize_threads, settings.quantize_memory)
-        jobs = Jobs(store, JobTexts(hidden), limits)
+        # Texts are removed when no job of the database names them: those of another's jobs lie elsewhere.
+        texts = JobTexts(hidden / store.mark if settings.database_url else hidden)
+        jobs = Jobs(store, texts, limits)
         await jobs.start()
         gateway.metrics.registry.register(JobCollector(jobs))
         try:

@@ -110,6 +110,10 @@ class Quantizations:
         if body.gate is not None and not body.report:
             raise RequestError("'gate': needs the quality report; leave 'report' out", param="gate")
         layers = ModelFiles(model).config.get("num_hidden_layers")
+        # Threads write the texts and the job, whatever becomes of the request: a job as a whole or none.
+        return await asyncio.shield(self._queue(body, model, out, layers))
+
+    async def _queue(self, body: Any, model: Path, out: Path, layers: int | None) -> JobRecord:
         async with self.jobs.texts() as kept:
             texts = {
                 option: await asyncio.to_thread(

@@ -1,15 +1,26 @@
 """Texts of requests: there while a job may read them, gone afterwards, over a kill of the server too."""
 
+import asyncio
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from nybble.engine.errors import EngineError
-from nybble.server.job_store import JobStore
+from nybble.server.job_store import JobRecord, JobStore
 from nybble.server.job_texts import JobTexts
+from nybble.server.jobs import Jobs
+from nybble.server.lifecycle import admin_of
+from nybble.server.quantizations import Quantizations
+from nybble.server.settings import load_settings
 from played_jobs import RESULT, Played
+from prometheus_client import CollectorRegistry
 
 # A server's jobs up to the moment that one runs, whose process is played; then it is killed.
 KILLED = """
@@ -88,6 +99,106 @@ async def test_kept_where_the_end_could_not_be_stored(
     assert path.exists()
 
 
+async def test_a_cancelled_sweep_keeps_others_out_until_it_has_ended(
+    played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would take the text of a request that came meanwhile for one of nobody's."""
+    begun, go_on, sweep = threading.Event(), threading.Event(), JobTexts.keep
+
+    def slow(self: JobTexts, readers: list[JobRecord]) -> None:
+        begun.set()
+        assert go_on.wait(10)
+        sweep(self, readers)
+
+    async def enter() -> None:
+        async with played.jobs.texts():
+            pass
+
+    monkeypatch.setattr(JobTexts, "keep", slow)
+    first = asyncio.create_task(enter())
+    assert await asyncio.to_thread(begun.wait, 10)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+
+    async def submit() -> Path:
+        async with played.jobs.texts() as texts:
+            path = texts.write(["a"])
+            await played.submit("x", calibration=str(path))
+        return path
+
+    second = asyncio.create_task(submit())
+    done, _ = await asyncio.wait([second], timeout=0.2)
+    assert not done
+    assert kept(played.folder) == set()
+    go_on.set()
+    assert (await second).exists()
+
+
+async def test_a_request_that_is_cancelled_is_a_job_or_none(
+    played: Played, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its text is neither left without a job, nor is a job left that only the database knows."""
+    begun, go_on, write = threading.Event(), threading.Event(), JobTexts.write
+
+    def slow(self: JobTexts, texts: list[str]) -> Path:
+        begun.set()
+        assert go_on.wait(10)
+        return write(self, texts)
+
+    monkeypatch.setattr(JobTexts, "write", slow)
+    fleet: Any = SimpleNamespace(folders={"tiny": folder})
+    service = Quantizations(played.jobs, fleet, played.folder, None)
+    body = {"model": "tiny", "output": "x", "calibration": {"source": {"texts": ["a"]}}}
+    request = asyncio.create_task(service.submit(body))
+    assert await asyncio.to_thread(begun.wait, 10)
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    go_on.set()
+    task = await played.started(1)
+    (job,) = played.jobs.all()
+    assert kept(played.folder) == {Path(job.request["options"]["calibration"]).name}
+    task.ends.put_nowait(RESULT)
+    await played.end(job)
+    assert kept(played.folder) == set()
+
+
+async def test_another_database_leaves_the_texts_of_the_first(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where both have a job of the same text."""
+    models, tasks = tmp_path / "models", Played(tmp_path, monkeypatch)
+    models.mkdir()
+
+    @asynccontextmanager
+    async def start(database: str | None) -> AsyncIterator[Jobs]:
+        url = None if database is None else f"sqlite:///{tmp_path / database}"
+        given = {"models_dir": models, "admin_key": "adm", "model": str(folder), "database_url": url}
+        metrics = SimpleNamespace(registry=CollectorRegistry())
+        gateway: Any = SimpleNamespace(settings=load_settings(given), metrics=metrics)
+        fleet: Any = None
+        async with admin_of(gateway, fleet) as admin:
+            yield admin._service.jobs
+
+    paths = []
+    for count, database in enumerate(("first", "second", None), 1):
+        async with start(database) as jobs:
+            async with jobs.texts() as texts:
+                paths.append(texts.write(["a"]))
+                request = {
+                    "output": "x",
+                    "options": {"out": str(models / "x"), "calibration": str(paths[-1])},
+                }
+                await jobs.submit(request)
+            await tasks.started(count)  # and is interrupted
+        assert all(path.exists() for path in paths)
+    async with start("second") as jobs:
+        await jobs.cancel(jobs.all()[0].id)
+    assert [path.exists() for path in paths] == [True, False, True]
+    await tasks.jobs.stop()
+
+
 async def test_a_server_that_stops_leaves_them_to_the_next(played: Played) -> None:
     async with played.jobs.texts() as texts:
         path = texts.write(["a"])
@@ -131,5 +242,21 @@ def test_the_same_texts_are_the_same_file(tmp_path: Path) -> None:
 
 
 def test_texts_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
     with pytest.raises(EngineError, match="the texts cannot be stored"):
-        JobTexts(tmp_path / "none").write(["a"])
+        JobTexts(tmp_path / "file").write(["a"])
+
+
+def test_a_database_is_told_from_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file by its whole path, however it is said; others by their URL, whose password may change."""
+
+    def mark(url: str) -> str:
+        store = JobStore(url, str(tmp_path))
+        store.close()
+        return store.mark
+
+    monkeypatch.chdir(tmp_path)
+    assert (
+        mark("sqlite:///a.sqlite") == mark(f"sqlite:///{tmp_path / 'a.sqlite'}") != mark("sqlite:///b.sqlite")
+    )
+    assert len(mark("sqlite:///a.sqlite")) == 12

@@ -168,10 +168,7 @@ def compute(cell: Cell, files: dict[str, Path | None], told: Callable[[str], Non
     out = CACHE / "out" / cell.name.replace("/", "_")
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    given = {"group_size": cell.model.group_size, "num_samples": 64, "seq_len": 512, **cell.options}
-    base = given.pop("bytes_of", None)
-    if base is not None:
-        given["budget_bits"] = bits_of(replace(cell, method=base))
+    given = options_of(cell)
     options = QuantizeOptions(
         str(cell.model.folder),
         str(out),
@@ -209,6 +206,15 @@ def compute(cell: Cell, files: dict[str, Path | None], told: Callable[[str], Non
         "options": given,
         "environment": environment(),
     }
+
+
+def options_of(cell: Cell) -> Options:
+    """What its result states: options beside model, bits, seed and texts."""
+    given = {"group_size": cell.model.group_size, "num_samples": 64, "seq_len": 512, **cell.options}
+    base = given.pop("bytes_of", None)
+    if base is not None:
+        given["budget_bits"] = bits_of(replace(cell, method=base))
+    return given
 
 
 def bits_of(cell: Cell) -> float:
@@ -269,12 +275,29 @@ def run(wanted: list[Cell], minutes: float | None) -> None:
 
 
 def restore(results: Path) -> None:
-    """Take the cells that a run on another machine reported, but those that are here."""
+    """Take the cells that another machine reported, but those that are here, or were made otherwise."""
     found = {cell["cell"]: cell for cell in json.loads(results.read_text(encoding="utf-8"))["cells"]}
-    missing = [cell for cell in cells() if cell.name in found and not cell.path.exists()]
-    for cell in missing:
-        save(cell.path, found[cell.name])
-    print(f"{len(missing)} of {len(found)} cells restored from {results.name}")
+    restored = 0
+    for cell in cells():
+        if cell.name not in found or cell.path.exists():
+            continue
+        if why := made_otherwise(cell, found[cell.name]["options"]):
+            print(f"{cell.name} is not restored: {why}")
+        else:
+            save(cell.path, found[cell.name])
+            restored += 1
+    print(f"{restored} of {len(found)} cells restored from {results.name}")
+
+
+def made_otherwise(cell: Cell, options: Options) -> str | None:
+    """Why a result with ``options`` is none of today's grid, or None. Bases come before their budgets."""
+    base = cell.options.get("bytes_of")
+    if base is not None and not replace(cell, method=base).path.exists():
+        return f"{replace(cell, method=base).name} is missing, whose bytes it takes"
+    today = options_of(cell)
+    names = [name for name in {**today, **options} if today.get(name) != options.get(name)]
+    said = (f"{name} is {options.get(name)} there and {today.get(name)} here" for name in names)
+    return ", ".join(said) or None
 
 
 def describe(wanted: list[Cell]) -> None:

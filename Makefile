@@ -38,8 +38,11 @@ check: env-dev ## lint, format, types, architecture
 	MYPYPATH=.cache/ns $(BIN)/mypy -p nybble.server -p nybble.engine -p nybble.kernels
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
+# The whole suite takes a process for each core, at most four of up to 3 GB; files stay together for their fixtures.
+EVERY_CORE = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: env-dev ## the whole test suite (ARGS="tests/engine -k sampler" for a part)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(or $(ARGS),$(EVERY_CORE))
 
 bench: env-dev ## load the demo model over HTTP: latency and throughput at 1, 8, 32 concurrent streams
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/serve.py $(ARGS)

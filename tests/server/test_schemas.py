@@ -44,7 +44,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "min_tokens": [-1, 3],
     "seed": [2**63, -(2**63) - 1],
 }
-INTEGERS = {"top_k", "n", "max_tokens", "min_tokens", "seed"}
+INTEGERS = ("top_k", "n", "max_tokens", "min_tokens", "seed")
 CASES = [(field, value) for field, values in OUT_OF_RANGE.items() for value in values]
 CASES += [(field, bad) for field in OUT_OF_RANGE for bad in ("1", [], {}, True, HUGE, -HUGE, [1])]
 CASES += [(field, 1.5) for field in INTEGERS]

@@ -17,13 +17,13 @@ from .check import check_weights_fit, estimate_weights, free_memory
 from .config import EngineConfig
 from .engine import Engine
 from .errors import ConfigError
-from .formats.registry import format_of, open_tensors
+from .formats.registry import format_of
 from .hardware import cache_folder, cpu_features, cpu_name, default_threads, process_memory, usable_cpus
 from .memory import plan_kv_cache, resolve_max_model_len
 from .model.config import ModelConfig
 from .model.decoder import Decoder
 from .model.loader import LoadedModel, load_model, resolve_target
-from .model.plan import find_problems, problems_error, weight_plan
+from .model.plan import open_model, weight_plan
 from .model.served_head import head_rounder
 from .model_files import ModelFiles
 from .plan import NewSequence, ScheduledSequence, StepPlan
@@ -155,11 +155,8 @@ def _plan_load(files: ModelFiles, config: EngineConfig) -> Target:
     """Device and dtype; refuses, before anything is read, what will not fit the memory."""
     checkpoint_format = format_of(files)
     slots = weight_plan(ModelConfig.from_dict(files.config))
-    with open_tensors(files, checkpoint_format) as tensors:
+    with open_model(files, checkpoint_format, slots) as tensors:
         target = resolve_target(config, checkpoint_format, tensors.tensors)
-        problems = find_problems(slots, checkpoint_format, tensors.tensors)
-        if problems:
-            raise problems_error(files.folder, problems)
         estimate = estimate_weights(slots, checkpoint_format, tensors.tensors, target)
     check_weights_fit(estimate.weight_bytes, _free_memory(config, target))
     return target

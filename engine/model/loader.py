@@ -15,7 +15,7 @@ from ...kernels.layout import PackedWeight, QuantSpec
 from ..config import EngineConfig
 from ..errors import CheckpointError, ConfigError
 from ..formats.base import Format
-from ..formats.registry import format_of, open_tensors
+from ..formats.registry import format_of
 from ..formats.safetensors_files import SafetensorsFiles, TensorInfo
 from ..hardware import cpu_features
 from ..model_files import ModelFiles
@@ -26,10 +26,9 @@ from .plan import (
     LM_HEAD,
     Part,
     Slot,
-    find_problems,
+    open_model,
     part_format,
     part_tensors,
-    problems_error,
     weight_plan,
 )
 
@@ -265,10 +264,7 @@ def load_model(
     weights: Weights = {}
     layers: list[LayerKernel] = []
     notes: list[str] = []
-    with open_tensors(folder, checkpoint_format) as files:
-        problems = find_problems(slots, checkpoint_format, files.tensors)
-        if problems:
-            raise problems_error(folder.folder, problems)
+    with open_model(folder, checkpoint_format, slots) as files:
         chosen = target or resolve_target(config, checkpoint_format, files.tensors)
         table: Tensor | None = None
         for done, slot in enumerate(slots):

@@ -8,7 +8,9 @@ from typing import Literal
 from ..errors import CheckpointError
 from ..formats.base import FLOATS, Expected, Format
 from ..formats.dense import DenseFormat
-from ..formats.safetensors_files import TensorInfo
+from ..formats.registry import open_tensors
+from ..formats.safetensors_files import SafetensorsFiles, TensorInfo
+from ..model_files import ModelFiles
 from .config import ModelConfig
 
 EMBEDDING = "model.embed_tokens"
@@ -131,10 +133,15 @@ def _compare(
     return problems
 
 
-def problems_error(folder: object, problems: list[str]) -> CheckpointError:
-    """One line that names the first of them."""
+def open_model(files: ModelFiles, checkpoint_format: Format, slots: Iterable[Slot]) -> SafetensorsFiles:
+    """The tensors of a model's folder. CheckpointError names the first that ``find_problems`` finds."""
+    tensors = open_tensors(files, checkpoint_format)
+    problems = find_problems(slots, checkpoint_format, tensors.tensors)
+    if not problems:
+        return tensors
+    tensors.close()
     more = len(problems) - _MAX_NAMED
     named = "; ".join(problems[:_MAX_NAMED]) + (f"; and {more} more" if more > 0 else "")
-    return CheckpointError(
-        f"{folder}: the checkpoint does not fit its config.json: {named} (nybble check lists all)"
+    raise CheckpointError(
+        f"{files.folder}: the checkpoint does not fit its config.json: {named} (nybble check lists all)"
     )

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.dispatch import Ops, Target
-from ..formats.registry import format_of, open_tensors
+from ..formats.registry import format_of
 from ..model_files import ModelFiles
 from .config import ModelConfig
 from .decoder import DecoderLayer, causal_attend
 from .layers import Linear, RotaryEmbedding
 from .loader import load_part, load_slot
-from .plan import LM_HEAD, Slot, find_problems, layer_plan, problems_error, weight_plan
+from .plan import LM_HEAD, Slot, layer_plan, open_model, weight_plan
 
 TARGET = Target("cpu", torch.float32)
 HEAD_ROWS = 8192  # of a head that is stored in half precision: so many are in fp32 at once
@@ -47,14 +47,10 @@ class StreamedModel:
         files = ModelFiles(folder)
         self.config = ModelConfig.from_dict(files.config)
         self.format = format_of(files)
-        self.files = open_tensors(files, self.format)
         self._ops = Ops.resolve(TARGET)
         self._rotary = RotaryEmbedding(self.config)
         self._slots = {slot.name: slot for slot in weight_plan(self.config)}
-        problems = find_problems(self._slots.values(), self.format, self.files.tensors)
-        if problems:
-            self.files.close()
-            raise problems_error(folder, problems)
+        self.files = open_model(files, self.format, self._slots.values())
 
     def __enter__(self) -> Self:
         return self

@@ -14,7 +14,6 @@ from ...kernels.dispatch import Ops, Target
 from ...kernels.layout import PackedWeight
 from ..errors import CheckpointError, ConfigError, LayerError
 from ..formats.dense import DenseFormat
-from ..formats.safetensors_files import SafetensorsFiles
 from ..model.config import ModelConfig
 from ..model.decoder import Attend, DecoderLayer, Rotary
 from ..model.layers import Linear
@@ -24,9 +23,8 @@ from ..model.plan import (
     LM_HEAD,
     Part,
     Slot,
-    find_problems,
     layer_plan,
-    problems_error,
+    open_model,
     weight_plan,
 )
 from ..model_files import ModelFiles
@@ -44,11 +42,7 @@ class Source:
             method = self.model.quantize_config.get("quant_method", "gptq")
             raise ConfigError(f"MODEL {folder}: is quantized already ({method}); give the original")
         self.config = ModelConfig.from_dict(self.model.config)
-        self.files = SafetensorsFiles(folder)
-        problems = find_problems(weight_plan(self.config), DenseFormat(), self.files.tensors)
-        if problems:
-            self.files.close()
-            raise problems_error(folder, problems)
+        self.files = open_model(self.model, DenseFormat(), weight_plan(self.config))
 
     def __enter__(self) -> Self:
         return self

@@ -7,26 +7,71 @@ set. Blocks of outputs are the unit of threads.
 
 from typing import Any
 
+from . import int8_batch
 from .abi import word
 from .activations import CHUNK
 from .amx_tile import BLOCKS, SYMMETRIC, TILES, TOKENS, amx_tiles, configure_tiles, release_tiles
 from .int8_tile import int8_tiles
-from .isa import VNNI
+from .isa import AVX2, VNNI
+from .l16 import GROUP_BYTES
 
 
-def int8_kernel(isa: int, num_bits: int, asym: bool) -> Any:
-    """The kernel for a bit width."""
+def vnni_kernel(num_bits: int, asym: bool) -> Any:
+    """The kernel for a bit width on AVX-512 VNNI."""
     has_zeros = int(asym)  # a literal for ``int8_tiles``
 
-    def int8_linear(args, thread, num_threads):
+    def int8_vnni(args, thread, num_threads):
         tokens = word(word(args, 7), 0)
         blocks = word(args, 10)
         for begin in range(0, tokens, CHUNK):
             count = min(CHUNK, tokens - begin)
             for n in range(blocks * thread // num_threads, blocks * (thread + 1) // num_threads):
-                int8_tiles(isa, num_bits, has_zeros, args, n, begin, count)
+                int8_tiles(VNNI, num_bits, has_zeros, args, n, begin, count)
 
-    return int8_linear
+    return int8_vnni
+
+
+def avx2_kernel(num_bits: int, asym: bool) -> Any:
+    """The kernel for a bit width on AVX2: MIN_TOKENS and more share the unpacking of codes, fewer do not.
+
+    Two more args: scratch, scratch bytes per thread (SCRATCH_BYTES of ``int8_batch``).
+    """
+    has_zeros = int(asym)
+    group_bytes, lines = GROUP_BYTES[num_bits], int8_batch.prefetched_lines(num_bits)
+    tile, longest, least = int8_batch.TOKENS, int8_batch.STRIP, int8_batch.MIN_TOKENS
+    at_totals = int8_batch.TOTALS
+
+    def int8_avx2(args, thread, num_threads):
+        tokens = word(word(args, 7), 0)
+        groups = word(args, 9)
+        blocks = word(args, 10)
+        scratch = word(args, 12) + thread * word(args, 13)
+        totals = scratch + at_totals
+        for begin in range(0, tokens, CHUNK):
+            count = min(CHUNK, tokens - begin)
+            many = count // tile * tile if count >= least else 0
+            for n in range(blocks * thread // num_threads, blocks * (thread + 1) // num_threads):
+                if many > 0:
+                    int8_batch.clear_totals(totals, many)
+                    for g in range(0, groups, longest):
+                        strip = min(longest, groups - g)
+                        int8_batch.unpack_strip(num_bits, has_zeros, args, n, g, strip, scratch)
+                        following = word(args, 0) + (n * groups + g + strip) * group_bytes
+                        for m in range(0, many, tile):
+                            first, to = begin + m, totals + m * 64
+                            if g + strip == groups:
+                                int8_batch.prefetch_rows(args, n, first)
+                            # The first tiles ask for the codes of the next strip, later ones for nothing new.
+                            asked = m // tile * strip * lines * 64
+                            ahead = following + asked if asked < strip * group_bytes else scratch
+                            int8_batch.multiply_strip(
+                                num_bits, has_zeros, args, first, g, strip, scratch, to, ahead
+                            )
+                    int8_batch.write_totals(args, n, begin, many, totals)
+                if many < count:
+                    int8_tiles(AVX2, num_bits, has_zeros, args, n, begin + many, count - many)
+
+    return int8_avx2
 
 
 def amx_kernel(num_bits: int, kind: int) -> Any:

@@ -102,7 +102,7 @@ class Tile:
             if slot == len(sums):
                 sums.append(pairs)
             else:
-                sums[slot] = _opaque(self.builder, self.builder.add(sums[slot], pairs))
+                sums[slot] = opaque(self.builder, self.builder.add(sums[slot], pairs))
 
     def begin(self, start: ir.Value) -> list[ir.Value]:
         """Sums of nothing. One token has too few independent ones to hide vpdpbusd's latency: two each."""
@@ -128,7 +128,7 @@ class Tile:
         return self.builder.add(start, total[0])
 
 
-def _opaque(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+def opaque(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """The value (a vector or an address), of which LLVM then knows nothing. It costs no instruction.
 
     LLVM makes trees of long integer sums, whose leaves it then spills.
@@ -219,7 +219,7 @@ def _totals(kernel: Tile, halves: int) -> list[list[ir.Value]]:
     else:
         memory = cgutils.alloca_once(builder, ir.ArrayType(kernel.float_vector, count))
         memory.align = 4 * kernel.lanes
-        address = _opaque(builder, builder.ptrtoint(memory, I64))
+        address = opaque(builder, builder.ptrtoint(memory, I64))
         kind = ir.PointerType(kernel.float_vector)
         places = [kernel.emit.offset(address, 4 * kernel.lanes * i) for i in range(count)]
         pointers = [builder.inttoptr(place, kind) for place in places]

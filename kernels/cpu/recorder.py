@@ -8,10 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import amx_tile, bf16_linear, exact_linear, int8_linear, overlay, paged_attention, rows, sparse24
+from . import (
+    amx_tile,
+    bf16_linear,
+    exact_linear,
+    int8_batch,
+    int8_linear,
+    overlay,
+    paged_attention,
+    rows,
+    sparse24,
+)
 from .abi import compile_kernel
 from .activations import OCTETS, PAIRS, QUADS, quantize_kernel
-from .isa import AMX, TILES, vectors_of
+from .isa import AMX, AVX2, TILES, vectors_of
 from .l16 import GROUP, ROWS, padded
 from .tape import BY_COLUMNS, BY_HEADS, BY_ROWS, Call, Inputs, Scratch, ScratchBytes, Tape, build_tape
 from .vectors import FLOAT32
@@ -187,8 +197,11 @@ class Recorder:
             return get(sparse24.kernel_24, isa), (*weights[:2], *self._rounded(weight, x, OCTETS)[:2], *y)
         if activations == "int8":
             rounded = (*weights, *self._rounded(weight, x, QUADS), *y)
+            if isa == AVX2:
+                scratch = self._scratch(int8_batch.SCRATCH_BYTES)
+                return get(int8_linear.avx2_kernel, bits, asym), (*rounded, *scratch)
             if self.kernels.isa != AMX:
-                return get(int8_linear.int8_kernel, isa, bits, asym), rounded
+                return get(int8_linear.vnni_kernel, bits, asym), rounded
             kernel = get(int8_linear.amx_kernel, bits, amx_tile.kind_of(bits, weight.zeros))
             return kernel, (*rounded, *self._scratch(amx_tile.SCRATCH_BYTES))
         if activations == "bf16":

@@ -11,7 +11,8 @@ from ..layout import PackedWeight, QuantSpec
 from .compiled import CompiledLinear, compile_24, compile_dense, compile_low_bit
 from .weights import LowBitWeight
 
-_ROWS, _COLS, _TOKENS = 48, 320, 25  # whole tiles of 16 and 8 tokens and one more; AMX: strips, an odd block
+# Whole tiles of 16, 8 and 4 tokens and one more; strips of groups and a shorter one; AMX: an odd block.
+_ROWS, _COLS, _TOKENS = 48, 544, 25
 # Of the largest output: int8 is off by up to 1 / 254 of a group's largest activation, bf16 by 1 / 256 of any.
 _TOLERANCE = {"int8": 0.02, "bf16": 0.005, "fp32": 1e-5}
 

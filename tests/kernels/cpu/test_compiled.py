@@ -143,6 +143,20 @@ def test_a_row_is_the_same_bits_in_any_batch(isa: str, activations: str) -> None
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
+def test_many_tokens_have_the_bits_of_few(num_bits: int, symmetric: bool, isa: str) -> None:
+    """Other kernels compute 16 tokens and more: over whole strips of groups, a shorter one, and a bias."""
+    weight = make_weight(Case(num_bits, symmetric, 32, False, 40, 1100, bias=True))
+    linear = compile_low_bit(weight, isa, "int8")
+    x = torch.randn(139, 1100, generator=torch.Generator().manual_seed(1)) * 3
+    alone = torch.cat([linear(row[None]) for row in x])
+    assert ((alone - expected(weight, x)).abs() <= int8_bound(weight, x)).all()
+    for tokens in (15, 16, 18, 19, 23, 64, 120, 136, 139):
+        assert torch.equal(linear(x[:tokens]), alone[:tokens])
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("num_threads", [1, 2, 4])
 def test_threads_and_parts_side_by_side_do_not_change_a_bit(isa: str, num_threads: int) -> None:
     """Parts of odd sizes share a row of outputs: padding of one may not stay in another's columns."""

@@ -26,9 +26,9 @@ from .l16 import GROUP_BYTES
 from .vectors import literal
 
 TOKENS = TILES[AVX2][0]  # of a tile
-MIN_TOKENS = 16  # 4-bit: fewer do not read enough lines ahead, see ``prefetched_lines``
-# Groups. 4 bit, 64 tokens: 8 are 4 % slower (a mispredicted end of loop each), with 32 nothing is gained, and
-# codes, activations and the lines read ahead no longer fit the first cache.
+MIN_TOKENS = 16  # fewer share less and have not been measured
+# Groups. 4 bit, 64 tokens: 8 are 3 to 4 % slower, 32 are no faster, and with them codes, activations and the
+# lines read ahead would fill the first cache.
 STRIP = 16
 _HALVES = 2  # of the 16 rows
 _LINE = 64  # bytes: 16 fp32
@@ -44,8 +44,8 @@ SCRATCH_BYTES = TOTALS + CHUNK * _LINE
 def prefetched_lines(num_bits: int) -> int:
     """Cache lines of the next strip's codes that a tile asks for per group.
 
-    They are asked for beside the products: all at once, while unpacking, would wait for memory (4 bit, 16
-    tokens: 15 % slower). So MIN_TOKENS // TOKENS tiles must do for a group's lines.
+    Beside the products, so that memory works all the time; without them 4 bit at 16 tokens is 16 to 20 %
+    slower. MIN_TOKENS // TOKENS tiles must do for a group's lines.
     """
     return -(-GROUP_BYTES[num_bits] // (64 * (MIN_TOKENS // TOKENS)))
 

@@ -50,6 +50,6 @@ def _bars(axes: Any, results: list[dict[str, Any]], rate: str, limit: str, goal:
         range(len(places)), [f"{tokens}\n{shape}" for tokens, shape in places], fontsize="x-small"
     )
     axes.set_xlabel("tokens, weights", fontsize="x-small")
-    axes.set_ylim(0, 1.2 * max(1.0, *(r[rate] / r[limit] for r in results)))  # room for the legend above
+    axes.set_ylim(0, 1.2 * max([1.0, *(r[rate] / r[limit] for r in results)]))  # room for the legend above
     axes.legend(fontsize="xx-small", ncols=3, loc="upper left")
     axes.grid(axis="y", alpha=0.3)

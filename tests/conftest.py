@@ -11,6 +11,9 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # every core has a worker already
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Before triton is imported: without a GPU its kernels are interpreted (tests/helpers/triton_interpreter.py).
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")

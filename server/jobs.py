@@ -242,7 +242,7 @@ class Jobs:
     async def _attempt(self, job: JobRecord) -> Json:
         """One process, which goes on where the last one ended; its last event."""
         limits = self._limits
-        options = {**job.request["options"], "num_threads": limits.num_threads, "resume": True}
+        options = {**job.request["options"], "num_threads": limits.num_threads, "resume": "anew"}
         async with task_process("quantize", options, nice=limits.nice, memory_limit=limits.memory) as task:
             self._running = (job, task)
             try:

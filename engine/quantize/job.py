@@ -101,7 +101,7 @@ def quantize(
             calibration = _calibration(options, method, source, log)
             held = read_held_out(options, source) if options.report else None
             _refuse_memory(method.peak_bytes(source.config, _tokens(calibration)))
-            with Scratch(out, options, folder, log) as scratch:
+            with Scratch(out, options, folder, log, source.config.num_layers) as scratch:
                 ops = Ops.resolve(TARGET)
                 work = Work(source, specs, calibration, scratch.folder, progress, log, ops, kept)
                 stage = method.run(work)

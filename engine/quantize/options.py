@@ -60,7 +60,7 @@ class QuantizeOptions:
     eval_tokens (None: all of it up to 100 M parameters, else 64 k). predict: the loss change by gradients too
     (None: up to 100 M parameters). max_nll_increase: a gate, nats per token of that text; whether it was
     passed is kept in the checkpoint. resume: keep finished blocks when interrupted, and go on from those of
-    the same options.
+    the same options; those of others are an error, or, with "anew" or overwrite, removed.
     """
 
     model: str
@@ -102,7 +102,7 @@ class QuantizeOptions:
     predict: bool | None = None
     max_nll_increase: float | None = None
     overwrite: bool = False
-    resume: bool = False
+    resume: bool | Literal["anew"] = False
     num_threads: int | None = None
 
     def __post_init__(self) -> None:

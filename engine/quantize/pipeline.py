@@ -169,6 +169,10 @@ class Recipe:
     def run(self, work: Work, again: Rerun | None = None) -> Stage:
         """See Method; ``again``: another round, see Rerun."""
         stage = work.stage("quantize" if again is None else again.stage)
+        if len(stage):
+            work.log(
+                f"{stage.folder.name}: goes on after block {len(stage)} of {work.source.config.num_layers}"
+            )
         if len(stage) < work.source.config.num_layers:
             self.rounder.begin(work)
             _Pass(self, work, again, stage).run()

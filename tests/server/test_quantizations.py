@@ -112,6 +112,19 @@ def test_texts_of_a_request_stay_whole(server: GatewayServer, models_dir: Path) 
     assert texts_of(models_dir) == [], "they outlived the job"
 
 
+def test_what_another_job_of_the_output_left_is_not_in_the_way(
+    server: GatewayServer, models_dir: Path
+) -> None:
+    """It failed, say, with other options: this one begins anew, and takes none of its blocks."""
+    stage = models_dir / ".again.work" / "quantize"
+    stage.mkdir(parents=True)
+    (stage.parent / "run.json").write_text('{"options": {"bits": 2}}')
+    (stage / "block-00000.safetensors").write_bytes(b"of other options")
+    last = follow(server, submit(server, "again", method="rtn")["id"])[-1][1]
+    assert (last["status"], last["error"]) == ("succeeded", None)
+    assert not stage.parent.exists()
+
+
 def texts_of(models_dir: Path) -> list[Path]:
     """Those of requests that the server keeps."""
     return list((models_dir / ".nybble").glob("texts-*"))

@@ -1,10 +1,13 @@
 """What outlives a run, and what does not."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from nybble.engine.quantize.options import QuantizeOptions, resumable
 from nybble.engine.quantize.scratch import Scratch
 from nybble.engine.quantize.work import Log
 from safetensors.torch import load_file
+from waiting import until
 
 
 def options(folder: Path, out: Path, **more: Any) -> QuantizeOptions:
@@ -65,7 +69,9 @@ def test_a_killed_run_loses_the_block_at_hand(make_model: Any, tmp_path: Path) -
     run(options(folder, tmp_path / "whole"))
     killed(options(folder, out), after=17)  # of 21: in the third block
     assert not out.exists()
-    told = run(options(folder, out))
+    lines: list[str] = []
+    told = run(options(folder, out), lines.append)
+    assert "quantize: goes on after block 2 of 3" in lines
     assert [told[0][0], told[1][0]] == [0, 1]  # whole blocks, taken over
     assert len([loss for _, loss in told if loss is not None]) == 7
     assert sorted(p.name for p in tmp_path.iterdir()) == ["original", "out", "whole"]
@@ -74,8 +80,12 @@ def test_a_killed_run_loses_the_block_at_hand(make_model: Any, tmp_path: Path) -
     assert all(bool((found[name] == expected[name]).all()) for name in expected)
 
 
+@pytest.mark.parametrize("anew", [{"resume": "anew"}, {"overwrite": True}], ids=str)
 @pytest.mark.parametrize("change", ["option", "model", "calibration"])
-def test_blocks_of_another_run_are_not_taken(change: str, make_model: Any, tmp_path: Path) -> None:
+def test_blocks_of_another_run_are_not_taken(
+    change: str, anew: dict[str, Any], make_model: Any, tmp_path: Path
+) -> None:
+    """They stay, an error, where nobody says that they may go."""
     folder, model = make_model("llama")
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat and sang to the dog " * 40)
@@ -83,7 +93,7 @@ def test_blocks_of_another_run_are_not_taken(change: str, make_model: Any, tmp_p
     killed(first, after=17)
     assert len(results.Stage(resumable(tmp_path / "out") / "quantize")) == 2
     second = first
-    said = {"option": "damping", "model": "model", "calibration": "calibration_sha256"}[change]
+    said = {"option": "damping", "model": "model", "calibration": "calibration-sha256"}[change]
     if change == "option":
         second = options(folder, tmp_path / "out", calibration=str(text), damping=0.02)
     elif change == "model":
@@ -92,6 +102,11 @@ def test_blocks_of_another_run_are_not_taken(change: str, make_model: Any, tmp_p
     else:
         text.write_text("the dog ran to the sea " * 60)
     lines: list[str] = []
+    with pytest.raises(ConfigError, match=f"an earlier run left has other {said}; to go on give the same"):
+        run(second, lines.append)
+    assert len(results.Stage(resumable(tmp_path / "out") / "quantize")) == 2
+    assert not any("removed" in line for line in lines)
+    second = replace(second, **anew)
     assert len([loss for _, loss in run(second, lines.append) if loss is not None]) == 21
     assert f"Begins anew: what an earlier run left, with other {said}, is removed" in lines
     assert not resumable(tmp_path / "out").exists()
@@ -113,7 +128,7 @@ def test_blocks_of_an_earlier_rounding_are_not_taken(note: str, make_model: Any,
     was = {part: value for part, value in json.loads(text).items() if part != "rounding"}
     run_json.write_text(json.dumps(was, sort_keys=True) if note == "as it was" else text[:90])
     lines: list[str] = []
-    assert run(given, lines.append)[-1][0] == 2
+    assert run(replace(given, resume="anew"), lines.append)[-1][0] == 2
     said = "other rounding" if note == "as it was" else "unreadable options"
     assert f"Begins anew: what an earlier run left, with {said}, is removed" in lines
 
@@ -155,6 +170,41 @@ def test_a_process_that_is_about_to_end_is_waited_for(make_model: Any, tmp_path:
         dying.stdout.readline()
         with Scratch(tmp_path / "out", given, folder, print):
             assert dying.wait(10) == 0
+
+
+def test_a_run_that_was_waited_for_and_succeeded(make_model: Any, tmp_path: Path) -> None:
+    """Its folder is gone, with the lock in it."""
+    folder, _ = make_model("llama")
+    given = options(folder, tmp_path / "out")
+    lines: list[str] = []
+    with Scratch(tmp_path / "out", given, folder, print) as first, ThreadPoolExecutor(1) as thread:
+        second = thread.submit(Scratch(tmp_path / "out", given, folder, lines.append).__enter__)
+        until(lambda: bool(lines), 60)
+        shutil.rmtree(first.folder)
+        os.close(first._lock)
+        first._lock = os.open(os.devnull, os.O_RDONLY)
+        with pytest.raises(ConfigError, match="another run was making it, and has ended"):
+            second.result(60)
+    assert lines == [f"another run is making {tmp_path / 'out'}; waits up to 20 s for its end"]
+
+
+@pytest.mark.parametrize(("resume", "said"), [(True, True), ("anew", False), (False, False)])
+def test_what_an_interrupt_keeps_is_told(resume: Any, said: bool, make_model: Any, tmp_path: Path) -> None:
+    folder, _ = make_model("llama")
+    lines: list[str] = []
+
+    def interrupt(_: str, done: int, *__: Any) -> None:
+        if done == 17:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(options(folder, tmp_path / "out", resume=resume), interrupt, lines.append)
+    assert ("2 of 3 blocks kept in .out.work; the same command goes on" in lines) == said
+    assert resumable(tmp_path / "out").exists() == bool(resume)
+    lines.clear()
+    run(options(folder, tmp_path / "out", resume=False), lines.append)
+    said = ".out.work: finished blocks of an interrupted run stay there, unused by this one" in lines
+    assert said == resumable(tmp_path / "out").exists() == bool(resume)
 
 
 def test_without_resume_nothing_outlives_a_run(make_model: Any, tmp_path: Path) -> None:

@@ -52,18 +52,20 @@ def plan_kv_cache(
     else:
         budget = config.kv_cache_memory
         num_blocks = budget // per_block
-        limit = f"--kv-cache-memory {budget}"
+        limit = "--kv-cache-memory"
         if budget > free_bytes:
             raise ConfigError(
-                f"--kv-cache-memory {budget} is more than the {free_bytes} free after the weights; lower it"
+                f"--kv-cache-memory {gib(budget)} is more than the {gib(free_bytes)} free after the weights; "
+                "lower it"
             )
     if num_blocks < per_request:
         largest = num_blocks * config.block_size
-        remedy = f"use --max-model-len {largest} or less" if largest >= 2 else "free memory"
+        remedy = f"use --max-model-len {largest} or less, or " if largest >= 2 else ""
+        remedy += "free memory, or " if config.kv_cache_memory is None else ""
         raise ConfigError(
             f"--max-model-len {max_model_len}: one request of that length needs "
             f"{gib(per_request * per_block)} of KV cache, but {limit} allows {gib(budget)}; "
-            f"{remedy}, or raise --kv-cache-memory"
+            f"{remedy}raise --kv-cache-memory"
         )
     return KVPlan(num_blocks, num_blocks * per_block, per_block, num_blocks / per_request)
 
@@ -81,10 +83,10 @@ def resolve_max_model_len(config: EngineConfig, model_limit: int) -> int:
 
 
 def gib(num_bytes: int) -> str:
-    """For people: "1.50 GiB", "12.3 MiB"."""
+    """For people: "1.50 GiB", "12.3 MiB", "1.0 KiB"."""
     if num_bytes >= 1 << 30:
         return f"{num_bytes / (1 << 30):.2f} GiB"
-    return f"{num_bytes / (1 << 20):.1f} MiB"
+    return f"{num_bytes / (1 << 20):.1f} MiB" if num_bytes >= 1 << 17 else f"{num_bytes / (1 << 10):.1f} KiB"
 
 
 def _bytes_per_block(specs: Sequence[KVSpec], block_size: int) -> int:

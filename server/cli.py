@@ -7,11 +7,13 @@ from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from .. import __version__
 from ..engine.errors import NybbleError
 from .cli_tasks import register
+from .findings import finding
 from .lifecycle import serve
 from .settings import PREFIX, Settings, load_settings, option_name
 
@@ -23,12 +25,22 @@ def main() -> None:
     try:
         code = build_cli()(standalone_mode=False)
     except typer.TyperException as error:
-        code = _fail(error.format_message().replace(": Value error, ", ": ", 1))  # newer typer's own words
+        code = _fail(_usage(error))
     except NybbleError as error:
         code = _fail(error.message)
     except (typer.Abort, KeyboardInterrupt):
         code = 130
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: typer.TyperException) -> str:
+    """What is wrong with the command line. Values are checked by pydantic, in newer typers."""
+    message = error.format_message()
+    if not isinstance(error.__cause__, ValidationError):
+        return message
+    first = error.__cause__.errors(include_url=False)[0]
+    option = message.removeprefix("Invalid value for ").partition(":")[0].strip("'\"")
+    return f"{option} {first['input']!r:.80}: {finding(first)}"
 
 
 def _fail(message: str) -> int:

@@ -16,6 +16,7 @@ from ..engine.errors import (
     OverloadedError,
     RequestError,
 )
+from .findings import finding
 
 RETRY_SECONDS = 1  # Retry-After where we cannot know better: the engine restarts, or the server drains
 
@@ -93,7 +94,7 @@ def internal_error() -> NybbleError:
 
 def request_error(error: ValidationError) -> RequestError:
     """The first finding of pydantic, in one line that names the field and what was found."""
-    details = error.errors(include_url=False, include_context=False)[0]
+    details = error.errors(include_url=False)[0]
     path = _path(details)
     if details["type"] == "extra_forbidden":
         return RequestError(f"unknown parameter '{path}'; check the spelling or leave it out", param=path)
@@ -101,8 +102,7 @@ def request_error(error: ValidationError) -> RequestError:
         return RequestError(f"'{path}' is required", param=path)
     if details["type"] in ("model_type", "dict_type"):
         return RequestError(f"'{path}': must be an object (found {_shown(details['input'])})", param=path)
-    message = details["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return RequestError(f"'{path}': {message} (found {_shown(details['input'])})", param=path)
+    return RequestError(f"'{path}': {finding(details)} (found {_shown(details['input'])})", param=path)
 
 
 def _row(error: NybbleError) -> tuple[int, str, str | None]:

@@ -61,7 +61,7 @@ def output_limit(
         asked = "" if requested is None else f" and max_tokens asks for {requested} more"
         raise ContextLengthError(
             f"the model's context is {longest} tokens, but the prompt has {num_prompt_tokens}{asked}; "
-            f"shorten the prompt{'' if requested is None else ' or lower max_tokens'}",
+            f"shorten the prompt{'' if requested is None or left < 1 else ' or lower max_tokens'}",
             param="prompt" if requested is None or left < 1 else "max_tokens",
         )
     if requested is not None:

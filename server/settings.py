@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from ..engine.config import CpuActivations, CpuKernels, Device, DType, EngineConfig
 from ..engine.errors import ConfigError
 from ..engine.tokenizer import POOL_ENVIRONMENT
+from .findings import finding
 
 PREFIX = "NYBBLE_"
 # Read by the Makefile's bootstrap, not by the server.
@@ -25,14 +26,16 @@ _POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def parse_size(value: object) -> object:
-    """Bytes of "2GiB", "512MB", "1.5G" (G is GiB, GB is 10**9) or a plain number; else the value itself."""
-    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is None:
+    """Bytes of "2GiB", "512MB", "1.5G" (G is GiB, GB is 10**9) or a plain number; no text: as it is."""
+    if not isinstance(value, str):
         return value
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError("should be a size in bytes, as 2GiB, 512MB or 1000000")
     number, unit, binary = match.groups()
     if unit is None:
         return int(float(number))
-    decimal = not binary and isinstance(value, str) and value.strip()[-1] in "bB"
+    decimal = not binary and value.strip()[-1] in "bB"
     return int(float(number) * (1000 if decimal else 1024) ** _POWERS[unit.upper()])
 
 
@@ -224,11 +227,11 @@ def load_settings(given: dict[str, Any]) -> Settings:
     try:
         return Settings(**given)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
+        first = error.errors(include_url=False)[0]
         field = str(first["loc"][0]) if first["loc"] else "options"
         value = "" if field in _SECRET else f" {first['input']!r:.80}"
         source = "" if field in given else f" (from {PREFIX}{field.upper()})"
-        message = first["msg"].removeprefix("Value error, ")
+        message = finding(first, size=field.endswith(("_memory", "_size")))
         raise ConfigError(f"{option_name(field)}{value}{source}: {message}") from error
 
 

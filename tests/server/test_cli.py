@@ -30,12 +30,13 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     ("arguments", "message"),
     [
         (["--max-num-seqs", "0"], "--max-num-seqs 0: must be at least 1"),
-        (["--port", "70000"], "--port '70000': Input should be less than or equal to 65535"),
+        (["--port", "70000"], "--port '70000': should be at most 65535"),
         (["--port", "x"], "--port 'x'"),
         (["--surprise"], "No such option: --surprise"),
         (["--block-size", "7"], "--block-size 7"),
         (["--device", "tpu"], "--device 'tpu'"),
-        (["--kv-cache-memory", "much"], "--kv-cache-memory 'much'"),
+        (["--kv-cache-memory", "2GBB"], "--kv-cache-memory '2GBB': should be a size in bytes, as 2GiB"),
+        (["--quantize-memory", "3"], "--quantize-memory '3': should be at least 256MiB"),
         (["--drain-timeout", "nan"], "--drain-timeout 'nan'"),
         (["--drain-delay", "-1"], "--drain-delay '-1'"),
         (["--max-queued-requests", "0"], "--max-queued-requests '0'"),
@@ -62,6 +63,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert captured.err.startswith("nybble: ")
     assert message in captured.err
     assert "two words" not in captured.err  # a key is not shown
+
+
+def test_a_value_of_another_kind_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "quantize", "here", "there", "--bits", "abc") == 2
+    assert "'abc'" in capsys.readouterr().err
 
 
 def test_models_that_are_none(
@@ -163,7 +171,7 @@ def test_settings_do_not_change_nor_show_keys() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("2GiB", 2 << 30), ("512MB", 512_000_000), ("1.5G", 3 << 29), ("7", 7), ("x", "x"), (5, 5)],
+    [("2GiB", 2 << 30), ("512MB", 512_000_000), ("1.5G", 3 << 29), ("7", 7), (5, 5)],
 )
 def test_sizes(text: Any, expected: Any) -> None:
     assert parse_size(text) == expected

@@ -11,7 +11,9 @@ from ..engine.errors import ConfigError
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a hub id (owner/name).")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
-Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads. [default: physical cores]")]
+Threads = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="CPU threads. [default: physical cores]")
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

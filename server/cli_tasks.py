@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
+from threading import Timer
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -13,6 +14,7 @@ import typer
 from ..engine.client import child_environment
 from ..engine.config import CpuActivations, CpuKernels, Device, DType
 from ..engine.errors import ConfigError
+from .cli_progress import Show, shown_progress
 from .cli_quantize import Model, Quantize, Revision, Threads
 from .cli_tune import Tune, describe
 from .settings import parse_size
@@ -119,7 +121,12 @@ def _bytes(option: str, value: str | None) -> int | None:
 
 
 def _quantize(given: Quantize) -> None:
-    summary = run_task("quantize", given.options())
+    try:
+        summary = run_task("quantize", given.options())
+    except KeyboardInterrupt:  # with --resume the task itself has said what is kept
+        kept = "" if given.resume else "; nothing is kept (--resume keeps finished blocks)"
+        typer.echo(f"nybble: interrupted{kept}", err=True)
+        raise
     if summary["modules"]:
         _print_errors(summary["modules"])
     for name, reason in summary["dense"].items():
@@ -237,7 +244,7 @@ def _size(num_bytes: float) -> str:
 
 
 def run_task(name: str, options: Json) -> Json:
-    """Run the task ``name`` in a child process, its progress as a bar on stderr. Returns its result.
+    """Run the task ``name`` in a child process, its progress on stderr. Returns its result.
 
     Raises ConfigError for a user's error; exits with 1 where the task failed otherwise. An interrupt ends
     the child first.
@@ -247,8 +254,8 @@ def run_task(name: str, options: Json) -> Json:
         subprocess.Popen(
             task_command(name), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         ) as child,
-        _ended(child),
-        _progress() as show,
+        shown_progress() as show,
+        _ended(child, show),
     ):
         last: Json = {}
         for line in _talk(child, options):
@@ -278,36 +285,19 @@ def _talk(child: "subprocess.Popen[str]", options: Json) -> Iterator[str]:
 
 
 @contextmanager
-def _ended(child: "subprocess.Popen[str]") -> Iterator[None]:
-    """Leaving it, also with an interrupt, ends the child: politely, then not."""
+def _ended(child: "subprocess.Popen[str]", show: Show) -> Iterator[None]:
+    """Leaving it with an error or an interrupt ends the child: politely, then not. Shows its last words."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         child.terminate()
+        by_force = Timer(STOP_SECONDS, child.kill)
+        by_force.start()
         try:
-            child.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            child.kill()
+            for line in child.stdout or ():  # a full pipe would keep it from ending
+                if isinstance(error, KeyboardInterrupt):
+                    show(json.loads(line))
+            child.wait()
+        finally:
+            by_force.cancel()
         raise
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[Json], None]]:
-    """A function that shows an event: one bar per phase, log lines above them."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True, highlight=False)) as bars:
-        phases: dict[str, Any] = {}
-
-        def show(event: Json) -> None:
-            if event["event"] == "log":
-                bars.console.print(event["line"], markup=False, soft_wrap=True)
-            elif event["event"] == "progress":
-                phase = event["phase"]
-                if phase not in phases:
-                    phases[phase] = bars.add_task(phase, total=event["total"])
-                bars.update(phases[phase], completed=event["done"], total=event["total"])
-
-        yield show

@@ -2,9 +2,11 @@
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import typer
 from nybble.engine.errors import ConfigError
-from nybble.server import cli, cli_tasks
+from nybble.server import cli, cli_progress, cli_tasks
 from tiny_models import tiny_transformer
 from tiny_tokenizer import write_tokenizer
 from waiting import until
@@ -86,6 +88,8 @@ def test_a_model_that_will_not_load_is_exit_code_2(
         (["check", "a", "--kv-cache-memory", "much"], "--kv-cache-memory much: give bytes"),
         (["quantize", "a", "b", "--method", "magic"], "'--method': 'magic' is not one of 'rtn', 'gptq'"),
         (["eval", "a", "--dtype", "int8"], "--dtype"),
+        (["eval", "a", "--num-threads", "0"], "--num-threads"),
+        (["quantize", "a", "b", "--num-threads", "-1"], "--num-threads"),
         (["eval", "a", "--cpu-activations", "fp8"], "--cpu-activations"),
     ],
 )
@@ -130,8 +134,53 @@ def test_events_reach_the_terminal(
     assert cli_tasks.run_task("evaluate", {"a": 1}) == events[-1]
     captured = capsys.readouterr()
     assert "three [words] here" in captured.err
-    assert "2/2" in captured.err
+    assert captured.err.splitlines() == ["three [words] here", "score: 1 of 2", "score: 2 of 2"]
     assert captured.out == ""
+
+
+def test_lines_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At once, some seconds apart; each phase's beginning and end."""
+    now = [0.0]
+    monkeypatch.setattr(cli_progress.time, "monotonic", lambda: now[0])
+    plain = cli_progress.Plain()
+    shown = []
+    for seconds, done in ((0, 0), (1, 1), (12, 2), (13, 3), (14, 4), (200, 40), (201, 42), (201, 42)):
+        now[0] = float(seconds)
+        loss = {"loss": 0.012345} if done else {}
+        plain.show({"event": "progress", "phase": "quantize", "done": done, "total": 42, "layer": 1, **loss})
+        shown.append(capsys.readouterr().err)
+    assert shown == [
+        "quantize: 0 of 42, layer 1\n",
+        "",
+        "quantize: 2 of 42, layer 1, loss 0.01235, about 4 min left\n",
+        *("", ""),
+        "quantize: 40 of 42, layer 1, loss 0.01235, about 10 s left\n",
+        "quantize: 42 of 42, layer 1, loss 0.01235\n",
+        "",
+    ]
+    plain.show({"event": "progress", "phase": "report", "done": 0, "total": 3})
+    assert capsys.readouterr().err == "report: 0 of 3\n"
+
+
+def test_bars_on_a_terminal_and_no_empty_line_before_an_error(folder: Path) -> None:
+    def shown(*arguments: str) -> str:
+        ours, theirs = pty.openpty()
+        command = [sys.executable, "-P", "-m", "nybble.server.cli", *arguments]
+        environment = {**os.environ, "TERM": "xterm", "OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL, env=environment) as child:
+            os.close(theirs)
+            found = b""
+            with suppress(OSError):  # EIO: the other end is closed
+                while part := os.read(ours, 4096):
+                    found += part
+            child.wait(60)
+        os.close(ours)
+        return found.decode()
+
+    assert shown("check", str(folder / "none")).startswith("nybble: ")
+    assert "━" in shown("eval", str(folder), "--max-documents", "1")
 
 
 @pytest.mark.parametrize("passed", [True, False, None])
@@ -200,6 +249,7 @@ def test_an_interrupt_ends_the_child(folder: Path, tmp_path: Path, child_environ
     ) as parent:
         until(lambda: any(path.name.endswith(".partial") for path in tmp_path.iterdir()), 60)
         os.kill(parent.pid, signal.SIGINT)
-        parent.communicate(timeout=60)
+        _, said = parent.communicate(timeout=60)
         assert parent.returncode == 130
+    assert said.endswith("nybble: interrupted; nothing is kept (--resume keeps finished blocks)\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text"]

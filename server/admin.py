@@ -36,6 +36,11 @@ class Admin:
         self._switch = switch
         self._quantizations = quantizations
 
+    def leave(self) -> None:
+        """The server is about to end: streams of events end too."""
+        if self._quantizations is not None:
+            self._quantizations.jobs.leave()
+
     def add_routes(self, app: FastAPI) -> None:
         """Put them all into the application."""
         jobs, one = "/v1/quantizations", "/v1/quantizations/{job_id}"

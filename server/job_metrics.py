@@ -14,7 +14,8 @@ ENDED: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
 
 
 class JobCollector(Collector):
-    """How many jobs wait and run, and how many have ended since the server started, by how."""
+    """How many jobs wait and run; since the server started, how many have ended, by how, and how their gates
+    came out."""
 
     def __init__(self, jobs: Jobs) -> None:
         self._jobs = jobs
@@ -32,9 +33,15 @@ class JobCollector(Collector):
         ended = CounterMetricFamily(
             "nybble_quantization_jobs_ended", "Quantization jobs by how they ended", labels=["status"]
         )
+        gates = CounterMetricFamily(
+            "nybble_quantization_gates", "Gates of jobs that succeeded, by their outcome", labels=["outcome"]
+        )
         for status in UNFINISHED:
             gauge.add_metric([status], now[status])
         for status in ENDED:
             ended.add_metric([status], self._jobs.num_ended[status])
+        for outcome, passed in (("passed", True), ("not_passed", False)):
+            gates.add_metric([outcome], self._jobs.num_gates[passed])
         yield gauge
         yield ended
+        yield gates

@@ -17,6 +17,7 @@ from ..engine.errors import ConflictError, EngineError, NotFoundError
 from ..engine.quantize.options import resumable
 from .job_store import JobRecord, JobStore, Status
 from .job_texts import JobTexts
+from .job_words import shown_message
 from .task_process import Json, TaskProcess, task_process
 
 logger = logging.getLogger("nybble")
@@ -46,6 +47,8 @@ class Jobs:
         self._running: tuple[JobRecord, TaskProcess] | None = None
         self._cancelling: set[str] = set()
         self.num_ended: Counter[Status] = Counter()  # since this server started
+        self.num_gates: Counter[bool] = Counter()  # of those that succeeded: passed or not
+        self.leaving = False
         self._closing = False
         self._runner: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()  # of the store
@@ -67,16 +70,26 @@ class Jobs:
             pass  # what a killed server left of jobs that had ended, or never began
         self._runner = asyncio.create_task(self._run(), name="quantization jobs")
 
+    def leave(self) -> None:
+        """The server is about to end: whoever watches a job wakes, and finds ``leaving``."""
+        self.leaving = True
+        self._notify()
+
     async def stop(self) -> None:
         """Interrupt the running job, which the next start resumes."""
         self._closing = True
+        interrupted = None
         if self._running is not None:
-            await self._running[1].stop()
+            interrupted, task = self._running
+            await task.stop()
         if self._runner is not None:
             # Python 3.11's wait_for may swallow it (where what it waits for is done): _closing ends it then.
             self._runner.cancel()
             with suppress(asyncio.CancelledError):
                 await self._runner
+        if interrupted is not None and not interrupted.ended:
+            output = interrupted.request["output"]
+            logger.info("job %s (%s): interrupted; the next start goes on with it", interrupted.id, output)
         self._store.close()
 
     def all(self) -> list[JobRecord]:
@@ -193,7 +206,9 @@ class Jobs:
             await asyncio.to_thread(shutil.rmtree, _blocks(job), ignore_errors=True)
         job.status, job.error, job.finished_at = status, error, int(time.time())
         self.num_ended[status] += 1
-        logger.info("job %s (%s): %s%s", job.id, job.request["output"], status, _reason(error))
+        if (gate := _gate(job)) is not None:
+            self.num_gates[gate["passed"]] += 1
+        logger.info("job %s (%s): %s", job.id, job.request["output"], _ending(job))
         await self._save(job)
 
     async def _run(self) -> None:
@@ -262,7 +277,7 @@ class Jobs:
                 job.progress |= pace.progress(last)
                 self._notify()
             elif last["event"] == "log":
-                logger.info("job %s: %s", job.id, last["line"])
+                logger.info("job %s: %s", job.id, shown_message(last["line"], job.request))
             if time.monotonic() - saved > _SAVE_SECONDS:
                 saved = time.monotonic()
                 await self._save(job)
@@ -287,8 +302,22 @@ class Pace:
         return shown | {name: event[name] for name in ("layer", "loss") if name in event}
 
 
-def _reason(error: Json | None) -> str:
-    return "" if error is None else f": {error['message']}"
+def _gate(job: JobRecord) -> Json | None:
+    """The verdict on what it made: a checkpoint may be whole and not fit to be served."""
+    gate: Json | None = (job.result or {}).get("gate")
+    return gate
+
+
+def _ending(job: JobRecord) -> str:
+    """How it ended, for the log."""
+    if job.error is not None:
+        return f"{job.status}: {shown_message(job.error['message'], job.request)}"
+    if (gate := _gate(job)) is None:
+        return job.status
+    rise, allowed = f"NLL {gate['nll_increase']:+.4g}", f"{gate['max_nll_increase']:g}"
+    if gate["passed"]:
+        return f"{job.status} and passed its gate: {rise} <= {allowed}"
+    return f"{job.status}, but did not pass its gate: {rise} > {allowed}"
 
 
 def _blocks(job: JobRecord) -> Path:

@@ -84,9 +84,11 @@ async def _serve(settings: Settings, folder: Path, listener: socket.socket, star
             print(_greeting(settings, model, listener, phases["total"]), flush=True)
 
         async with admin_of(gateway, fleet) as admin:
-            return await Lifecycle(gateway, fleet, listener, admin).run(announce)
+            code = await Lifecycle(gateway, fleet, listener, admin).run(announce)
     finally:
         await fleet.stop()
+    logger.info("stopped")
+    return code
 
 
 @asynccontextmanager
@@ -124,6 +126,7 @@ class Lifecycle:
         self._gateway = gateway
         self._fleet = fleet
         self._listener = listener
+        self._admin = admin
         self._signal: signal.Signals | None = None
         self._stop = asyncio.Event()
         self._server = HttpServer(build_app(gateway, admin), gateway)
@@ -148,6 +151,7 @@ class Lifecycle:
         finally:
             for task in (*helpers, *waits):
                 task.cancel()
+            self._admin.leave()
             self._server.should_exit = True
             await serving
         return self._exit_code()

@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic_core import to_json
 
-from ..engine.errors import ConfigError, ConflictError, NotFoundError, RequestError
+from ..engine.errors import ConfigError, ConflictError, EngineError, NotFoundError, RequestError
 from ..engine.model_files import PROVENANCE, ModelFiles
 from ..engine.quantize.options import QuantizeOptions
 from .cli_quantize import Quantize
+from .errors import error_body
 from .fleet import Fleet
 from .job_store import JobRecord
 from .job_texts import JobTexts
@@ -258,8 +259,11 @@ def _shown_result(result: Json, request: Json) -> Json:
 
 
 async def events(jobs: Jobs, job: JobRecord) -> AsyncIterator[bytes]:
-    """Server-sent events: ``progress`` at each change, ``end`` once; comments keep the line open."""
-    watched = jobs.watch(job)
+    """Server-sent events: ``progress`` at each change, ``end`` once; comments keep the line open.
+
+    Where the server leaves before the job has ended, an error is the last one.
+    """
+    watched, sent = jobs.watch(job), b""
     while True:
         item = asyncio.ensure_future(anext(watched, None))
         try:
@@ -267,7 +271,17 @@ async def events(jobs: Jobs, job: JobRecord) -> AsyncIterator[bytes]:
                 yield b": keep-alive\n\n"
         finally:
             item.cancel()
-        kind = b"end" if job.ended else b"progress"
-        yield b"event: " + kind + b"\ndata: " + to_json(shown(job)) + b"\n\n"
-        if job.ended:
+        content, ended = to_json(shown(job)), job.ended
+        if ended or content != sent:  # a change may be another job's
+            yield _event(b"end" if ended else b"progress", content)
+            sent = content
+        if ended:
             return
+        if jobs.leaving:
+            left = EngineError(f"the server is shutting down; job {job.id} goes on when it starts again")
+            yield _event(b"error", to_json(error_body(left)))
+            return
+
+
+def _event(kind: bytes, data: bytes) -> bytes:
+    return b"event: " + kind + b"\ndata: " + data + b"\n\n"

@@ -88,7 +88,7 @@ def exposed_metrics() -> set[str]:
     metrics = Metrics("demo")
     model: Any = SimpleNamespace(client=client, name="demo", metrics=metrics.of("demo"))
     metrics.registry.register(EngineCollector(ModelTable([model]), {"start": 1.0}))
-    jobs: Any = SimpleNamespace(all=list, num_ended=Counter())
+    jobs: Any = SimpleNamespace(all=list, num_ended=Counter(), num_gates=Counter())
     metrics.registry.register(JobCollector(jobs))
     suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
     families = [*metrics.registry.collect(), *VllmNames(metrics.registry).collect()]

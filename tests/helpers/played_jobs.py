@@ -17,14 +17,18 @@ KILLED = {"event": "error", "code": "killed", "message": "gone"}
 
 
 class PlayedTask:
-    """Ends with what is put into ``ends``; or, where it is stopped, without a word."""
+    """Tells what is put into ``ends``, whose last event is a result or an error; stopped, without a word."""
 
     def __init__(self) -> None:
         self.ends: asyncio.Queue[Any] = asyncio.Queue()
         self.stopped = False
 
     async def __aiter__(self) -> AsyncIterator[Any]:
-        yield await self.ends.get()
+        while True:
+            event = await self.ends.get()
+            yield event
+            if event["event"] in ("result", "error"):
+                return
 
     async def stop(self) -> None:
         self.stopped = True
@@ -50,7 +54,9 @@ class Played:
     async def submit(self, output: str, **texts: str) -> JobRecord:
         """texts: the options that name some."""
         options = {"out": str(self.folder / output), **texts}
-        return await self.jobs.submit({"output": output, "options": options}, 3)
+        source = {"source": {"texts": 1}}
+        request = {"output": output, "calibration": source, "evaluation": source, "options": options}
+        return await self.jobs.submit(request, 3)
 
     async def started(self, count: int) -> PlayedTask:
         """The task ``count``, once it is there."""

@@ -5,6 +5,25 @@ from played_jobs import RESULT, Played
 from prometheus_client import CollectorRegistry
 
 
+async def test_gates(played: Played) -> None:
+    """A job that succeeded may have made what is not fit to be served."""
+    registry = CollectorRegistry()
+    registry.register(JobCollector(played.jobs))
+
+    def shown() -> list[float | None]:
+        name = "nybble_quantization_gates_total"
+        return [registry.get_sample_value(name, {"outcome": o}) for o in ("passed", "not_passed")]
+
+    assert shown() == [0, 0]
+    for number, passed in enumerate((None, True, False, False), 1):
+        job = await played.submit(f"x{number}")
+        gate = {"max_nll_increase": 1, "nll_increase": 2, "passed": passed}
+        result = RESULT if passed is None else RESULT | {"gate": gate}
+        (await played.started(number)).ends.put_nowait(result)
+        await played.end(job)
+    assert shown() == [1, 2]
+
+
 async def test_counts(played: Played) -> None:
     registry = CollectorRegistry()
     registry.register(JobCollector(played.jobs))

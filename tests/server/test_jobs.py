@@ -1,6 +1,7 @@
 """The queue of jobs at the moments that requests seldom meet: a task process is played by hand."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from nybble.engine.errors import ConflictError
 from nybble.server import jobs as module
 from nybble.server.job_store import JobRecord
+from nybble.server.quantizations import events
 from played_jobs import RESULT, Played, PlayedTask
 
 
@@ -120,3 +122,82 @@ async def test_stopped_while_a_process_is_being_started(
         await played.jobs.stop()
     assert job.status == "queued"
     assert [task.stopped for task in played.tasks] == [True]
+
+
+@pytest.mark.parametrize(
+    ("gate", "said"),
+    [
+        ({}, "succeeded"),
+        (
+            {"gate": {"max_nll_increase": 0.0001, "nll_increase": 0.58861, "passed": False}},
+            "succeeded, but did not pass its gate: NLL +0.5886 > 0.0001",
+        ),
+        (
+            {"gate": {"max_nll_increase": 0.05, "nll_increase": -0.01, "passed": True}},
+            "succeeded and passed its gate: NLL -0.01 <= 0.05",
+        ),
+    ],
+)
+async def test_the_log_tells_what_became_of_the_gate(
+    gate: Any, said: str, played: Played, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "nybble")
+    job = await played.submit("x")
+    (await played.started(1)).ends.put_nowait(RESULT | gate)
+    await played.end(job)
+    assert f"job {job.id} (x): {said}" in caplog.messages
+
+
+async def test_the_log_has_the_words_of_the_request(played: Played, caplog: pytest.LogCaptureFixture) -> None:
+    """Not the terminal's, nor the name under which its texts are kept."""
+    caplog.set_level("INFO", "nybble")
+    path = str(played.folder / "texts-1.jsonl")
+    job = await played.submit("x", calibration=path)
+    task = await played.started(1)
+    task.ends.put_nowait({"event": "log", "line": "few tokens of texts-1.jsonl: more (--num-samples)"})
+    message = f"--calibration {path}: too few; use --method rtn"
+    task.ends.put_nowait({"event": "error", "code": "invalid", "message": message})
+    await played.end(job)
+    assert f"job {job.id}: few tokens of texts: more ('num_samples')" in caplog.messages
+    assert f"job {job.id} (x): failed: 'calibration' texts: too few; use 'method' rtn" in caplog.messages
+
+
+async def test_events_are_sent_where_something_changed(played: Played) -> None:
+    """The queue wakes all that watch it, for every job."""
+    first, second = await played.submit("x"), await played.submit("y")
+    task = await played.started(1)
+    states: list[str] = []
+
+    async def follow() -> None:
+        async for event in events(played.jobs, second):
+            states.append(json.loads(event.partition(b"data: ")[2])["status"])
+
+    following = asyncio.create_task(follow())
+    for done in range(5):
+        task.ends.put_nowait({"event": "progress", "phase": "blocks", "done": done, "total": 9})
+        async with asyncio.timeout(10):
+            while first.progress.get("done") != done:
+                await asyncio.sleep(0.001)
+    task.ends.put_nowait(RESULT)
+    task = await played.started(2)
+    async with asyncio.timeout(10):
+        while states[-1] != "running":
+            await asyncio.sleep(0.001)
+        task.ends.put_nowait(RESULT)
+        await following
+    assert states == ["queued", "running", "succeeded"]
+
+
+async def test_events_end_with_an_error_where_the_server_leaves(played: Played) -> None:
+    job = await played.submit("x")
+    await played.started(1)
+    stream = events(played.jobs, job)
+    seen = [await anext(stream)]
+    asyncio.get_running_loop().call_later(0.01, played.jobs.leave)
+    async with asyncio.timeout(10):
+        seen += [event async for event in stream]
+    kind, _, data = seen[-1].partition(b"\ndata: ")
+    error = json.loads(data)["error"]
+    assert (kind, error["type"]) == (b"event: error", "service_unavailable")
+    assert error["message"] == f"the server is shutting down; job {job.id} goes on when it starts again"
+    assert [event for event in seen if event.startswith(b"event: end")] == []

@@ -18,6 +18,8 @@ from typing import Any
 import httpx
 import pytest
 from gateway_server import write_model
+from tiny_models import tiny_transformer
+from tiny_tokenizer import write_tokenizer
 from waiting import until
 
 HERE = Path(__file__).parent
@@ -138,6 +140,41 @@ def test_sigterm_drains(folder: Path, environment: dict[str, str]) -> None:
         assert "error" not in "".join(lines)
         assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
         assert server.ended() == 0
+
+
+def test_who_watches_a_job_is_told_that_the_server_leaves(
+    folder: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """The next start goes on with the job."""
+    tiny_transformer("llama", vocab_size=300).save_pretrained(tmp_path / "original")
+    write_tokenizer(tmp_path / "original")
+    texts = ["the cat and the dog went to the sea in the rain and then sang " * 4] * 3200
+    job = {"model": "original", "output": "x", "num_samples": 4096, "seq_len": 64, "group_size": 32}
+    job |= {"predict": False, "calibration": {"source": {"texts": texts}}}
+    lines: list[str] = []
+
+    def follow(server: Process) -> None:
+        submitted = server.http.post("/v1/quantizations", json=job)
+        assert submitted.status_code == 202, submitted.text
+        path = f"{server.url}/v1/quantizations/{submitted.json()['id']}/events"
+        with httpx.stream("GET", path, headers=server.http.headers, timeout=60) as answer:
+            lines.extend(line for line in answer.iter_lines() if line)
+
+    with process(folder, environment, "--models-dir", str(tmp_path), "--admin-key", "adm") as server:
+        server.http.headers["authorization"] = "Bearer adm"
+        watching = threading.Thread(target=follow, args=(server,))
+        watching.start()
+        until(lambda: '"status":"running"' in "".join(lines), 60)  # its process will need seconds to begin
+        server.popen.terminate()
+        watching.join(30)
+        assert server.ended(30) == 0
+        log = server.popen.stderr.read()
+    assert lines[-2] == "event: error"
+    assert "shutting down" in json.loads(lines[-1].removeprefix("data: "))["error"]["message"]
+    assert "Traceback" not in log
+    assert "ERROR" not in log
+    assert "(x): interrupted; the next start goes on with it" in log
+    assert log.splitlines()[-1].endswith("INFO stopped")
 
 
 def test_what_does_not_finish_in_time_ends_with_an_error_event(

@@ -22,6 +22,7 @@ from .task_process import STOP_SECONDS, task_command
 
 WORST_MODULES = 12  # rows of the table of errors
 GIVE_UP = 1  # exit code where the task failed through no fault of the user
+INTERRUPTED = 130  # a task's exit code
 
 Json = dict[str, Any]
 
@@ -267,8 +268,10 @@ def run_task(name: str, options: Json) -> Json:
         if last["user_error"]:
             raise ConfigError(last["message"])
         typer.echo(f"nybble: {name} failed: {last['message']}", err=True)
+    elif (code := child.wait()) == INTERRUPTED:  # it alone: this process may have been started deaf to it
+        raise KeyboardInterrupt
     else:
-        typer.echo(f"nybble: {name} ended without a word (exit code {child.wait()})", err=True)
+        typer.echo(f"nybble: {name} ended without a word (exit code {code})", err=True)
     raise typer.Exit(GIVE_UP)
 
 

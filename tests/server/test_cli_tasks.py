@@ -227,6 +227,10 @@ def test_how_a_task_can_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         cli_tasks.run_task("check", {"large": "x" * 10**6})
     assert caught.value.exit_code == 1
     assert "ended without a word (exit code 7)" in capsys.readouterr().err
+    monkeypatch.undo()
+    fake_child(monkeypatch, "import os; os._exit(130)")
+    with pytest.raises(KeyboardInterrupt):
+        cli_tasks.run_task("check", {})
 
 
 def test_an_interrupt_ends_the_child(folder: Path, tmp_path: Path, child_environment: dict[str, str]) -> None:

@@ -90,15 +90,15 @@ def _through(original: Blocks, other: Blocks, chunk: list[list[Window]], sums: _
             for number, length in enumerate(lengths):
                 hidden[number] = layer(hidden[number], length)
             del layer
-        for (scored, _), ours, theirs in zip(rows, *states, strict=True):
+        for (scored, _, _), ours, theirs in zip(rows, *states, strict=True):
             sums.add_error(index, ours[scored], theirs[scored])
     heads = original.head(), other.head()
-    for (scored, targets), ours, theirs in zip(rows, *states, strict=True):
+    for (scored, targets, ends), ours, theirs in zip(rows, *states, strict=True):
         for part in torch.split(torch.arange(len(scored)), LOGIT_ROWS):
             reference, found = (
                 head(hidden[scored[part]]) for head, hidden in zip(heads, (ours, theirs), strict=True)
             )
-            sums.score.add(found, targets[part], reference)
+            sums.score.add(found, targets[part], ends[part], reference)
 
 
 def _embedded(model: Blocks, chunk: list[list[Window]]) -> list[Tensor]:

@@ -1,10 +1,11 @@
 """The quality report: what a changed model predicts beside its original, and what it takes. JSON types only.
 
     {"version": 1, "model": side, "original": side, "text": {...}, "nll_increase", "kl", "top1_agreement",
-     "layers": [...], "modules": [...]}
+     "standard_error": {"nll_increase", "windows"}, "layers": [...], "modules": [...]}
 
 with a side {"name", "format", "bytes", "bits_per_weight", "nll", "perplexity"}. nll, nll_increase and kl are
-nats per token; kl is from the original's distribution. ``nybble quantize`` adds "prediction", "run" and,
+nats per token; kl is from the original's distribution. The standard error is over windows of text (see
+``scoring.Spread``), None where there is one. ``nybble quantize`` adds "prediction", "run" and,
 where it was given one, "gate".
 """
 
@@ -81,6 +82,7 @@ def quality_report(
         "original": sides[1].figures(original_nll),
         "text": text,
         "nll_increase": nll - original_nll,
+        "standard_error": score.rise.figures(),
         "kl": score.kl / score.num_tokens,
         "top1_agreement": score.agreed / score.num_tokens,
         "layers": [{"layer": index, "output_error": error} for index, error in enumerate(layer_errors)],

@@ -143,7 +143,7 @@ def score_windows(
     total = sum(window.num_scored for window in windows)
     with torch.inference_mode():
         for batch in batches_of(windows):
-            rows, targets = scored_rows(batch)
+            rows, targets, ends = scored_rows(batch)
             hidden = model.hidden(batch)[rows.to(model.device)]
             reference = None if original is None else original.hidden(batch)[rows.to(original.device)]
             for start in range(0, len(rows), LOGIT_ROWS):
@@ -151,7 +151,7 @@ def score_windows(
                 others = None
                 if original is not None and reference is not None:
                     others = original.logprobs(reference[part])
-                score.add(model.logprobs(hidden[part]), targets[part], others)
+                score.add(model.logprobs(hidden[part]), targets[part], ends[part], others)
             progress("score", score.num_tokens, total)
     score.refuse_not_finite("use more bits, another method, or --dtype float32")
     return score

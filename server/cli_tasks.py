@@ -163,8 +163,8 @@ def _print_report(report: Json) -> None:
     text, model, original = report["text"], report["model"], report["original"]
     extent = "" if text["whole"] else "the first "
     typer.echo(f"{extent}{text['tokens']} tokens of {text['name']}, context {text['context']}:")
-    rise = f"{report['nll_increase']:+.4f} from {original['nll']:.4f}"
-    typer.echo(f"  NLL per token   {model['nll']:.4f} nats, {rise}")
+    typer.echo(f"  NLL per token   {model['nll']:.4f} nats from {original['nll']:.4f}")
+    typer.echo(f"  change          {_change(report['nll_increase'], report['standard_error'])}")
     typer.echo(f"  perplexity      {_perplexity(model)} from {_perplexity(original)}")
     typer.echo(f"  KL per token    {report['kl']:.5f} nats from the original")
     typer.echo(f"  top-1 agreement {100 * report['top1_agreement']:.2f} %")
@@ -177,6 +177,13 @@ def _print_report(report: Json) -> None:
         )
     else:
         typer.echo(f"  predicted       not computed: {prediction['reason']}")
+
+
+def _change(rise: float, error: Json) -> str:
+    """Of the NLL per token, with its standard error."""
+    if error["nll_increase"] is None:
+        return f"{rise:+.4f} nats (one window of text: its standard error is not known)"
+    return f"{rise:+.4f} ± {error['nll_increase']:.4f} nats (standard error over {error['windows']} windows)"
 
 
 def _perplexity(side: Json) -> str:
@@ -218,6 +225,8 @@ def _evaluate(given: Evaluate) -> None:
         its, original = found["nll_per_token"], found["against_nll_per_token"]
         compared = f" ({100 * (its / original - 1):+.3f} % from {original:.4f})" if original else ""
     typer.echo(f"NLL per token   {found['nll_per_token']:.4f} nats{compared}")
+    if "against" in found:
+        typer.echo(f"change          {_change(its - original, found['standard_error'])}")
     typer.echo(f"perplexity      {found['perplexity']:.4f}")
     if found["bits_per_byte"] is not None:
         typer.echo(f"bits per byte   {found['bits_per_byte']:.4f}")

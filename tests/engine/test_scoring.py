@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from nybble.engine.documents import Encoder, read_documents
@@ -53,6 +54,54 @@ def test_a_limit_of_tokens_is_kept_exactly(limit: int, tmp_path: Path) -> None:
 def test_perplexity_of_hopeless_models() -> None:
     assert perplexity(0.0) == 1.0
     assert perplexity(1000.0) == float("inf")
+
+
+@pytest.mark.parametrize("rows", [1, 3, 512])
+def test_the_standard_error_is_that_of_windows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against numpy, on the differences of all tokens; however rows and windows are cut into batches."""
+    monkeypatch.setattr("nybble.engine.scorers.LOGIT_ROWS", rows)
+    monkeypatch.setattr("nybble.engine.scoring.BATCH_TOKENS", 20)
+    random = numpy.random.default_rng(0)
+    ids = [tuple(random.integers(4, size=size).tolist()) for size in (9, 2, 5, 14, 3, 11, 30)]
+    windows = [window for document in ids for window in cut_windows(list(document), 12)]
+    tables = random.normal(size=(2, 4, 4)) - 2
+    ours, theirs = (_Bigram(torch.tensor(table)) for table in tables)
+    score = score_windows(windows, ours, theirs, lambda *_: None)
+    sums, sizes = [], []
+    for window in windows:
+        pairs = list(zip(window.token_ids, window.token_ids[1:], strict=False))[window.first - 1 :]
+        differences = [tables[1][a][b] - tables[0][a][b] for a, b in pairs]
+        sums.append(numpy.sum(differences))
+        sizes.append(len(differences))
+    total, count = numpy.sum(sizes), len(sizes)
+    mean = numpy.sum(sums) / total
+    expected = numpy.std(sums - mean * numpy.array(sizes), ddof=1) * numpy.sqrt(count) / total
+    assert score.rise.standard_error() == pytest.approx(expected, rel=1e-9)
+    assert score.rise.figures()["windows"] == count > len(ids)
+    assert (
+        score.rise.total / total
+        == pytest.approx(mean)
+        == pytest.approx((score.nll - score.original_nll) / total)
+    )
+    alone = score_windows(windows[:1], ours, theirs, lambda *_: None)
+    assert alone.rise.figures() == {"nll_increase": None, "windows": 1}
+    assert score_windows(windows, ours, ours, lambda *_: None).rise.standard_error() == 0
+
+
+class _Bigram:
+    """Log-probabilities (of whatever sum) that the last token decides: [4, 4]."""
+
+    device = "cpu"
+    vocab_size = 4
+
+    def __init__(self, table: torch.Tensor) -> None:
+        self.table = table
+
+    def hidden(self, batch: list[Window]) -> torch.Tensor:
+        return torch.tensor([[i] for window in batch for i in window.token_ids])
+
+    def logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.table[hidden[:, 0]]
 
 
 class _Constant:

@@ -195,6 +195,7 @@ def test_a_gate_that_is_not_passed_fails_the_command(
         "original": side,
     }
     report |= {"nll_increase": 0.2, "kl": 0.1, "top1_agreement": 0.9}
+    report |= {"standard_error": {"nll_increase": 0.0123, "windows": 7} if passed else {"nll_increase": None}}
     report |= {"prediction": {"computed": False, "reason": "none"}}
     summary = {"event": "result", "out": "b", "modules": [], "dense": {}, "warnings": [], "report": report}
     summary |= {"bytes_before": 2, "bytes_after": 1, "bits_per_weight": 4.0, "seconds": 1.0}
@@ -207,6 +208,8 @@ def test_a_gate_that_is_not_passed_fails_the_command(
     )
     captured = capsys.readouterr()
     assert "more in b/quality.html" in captured.out
+    error = "± 0.0123 nats (standard error over 7 windows)" if passed else "nats (one window of text: its "
+    assert f"  change          +0.2000 {error}" in captured.out
     assert ("--max-nll-increase 0.1: not passed" in captured.err) == (passed is False)
 
 

@@ -17,12 +17,14 @@ from .metrics import Metrics, ModelMetrics
 from .settings import Settings
 
 DEMO_NAME = "nybble-demo"
+FilesState = frozenset[tuple[str, int, int]]
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
     """One model and the engine that runs it.
 
+    root: what is served under the name, see ``root_of``. files: see ``state_of``, from before they were read.
     settings: the server's, as they are for this model.
     sampling_defaults: under SamplingParams' names, from generation_config ({} where that is turned off).
     stated_max_model_len: what --max-model-len or the model's files say, until the engine has said it.
@@ -30,6 +32,8 @@ class ServedModel:
 
     name: str
     folder: Path
+    root: str
+    files: FilesState
     settings: Settings
     created: int
     tokenizer: Tokenizer
@@ -65,7 +69,7 @@ class ServedModel:
             "object": "model",
             "created": self.created,
             "owned_by": "nybble",
-            "root": self.name,
+            "root": self.root,
             "parent": None,
             "max_model_len": self.max_model_len,
         }
@@ -107,8 +111,24 @@ class ModelTable:
 
 def served_name(settings: Settings) -> str:
     """--served-model-name, else the hub id, the folder's name, or the demo's."""
-    if settings.served_model_name is not None:
-        return settings.served_model_name
+    return _given_name(settings) if settings.served_model_name is None else settings.served_model_name
+
+
+def root_of(settings: Settings, folder: Path) -> str:
+    """Where a model comes from: its path under --models-dir, else its hub id, folder's name or the demo's."""
+    root = settings.models_dir
+    if root is not None and root in folder.parents:
+        return str(folder.relative_to(root))
+    return _given_name(settings)
+
+
+def state_of(folder: Path) -> FilesState:
+    """Names, sizes and times of the files in ``folder``: another state, perhaps another model."""
+    found = ((path.name, path.stat()) for path in folder.iterdir())
+    return frozenset((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)
+
+
+def _given_name(settings: Settings) -> str:
     if settings.model is None:
         return DEMO_NAME
     folder = Path(settings.model).expanduser()
@@ -119,12 +139,14 @@ def load_model(
     settings: Settings, folder: Path, name: str, client: EngineClient, metrics: Metrics
 ) -> ServedModel:
     """What the gateway itself needs of the model in ``folder``. Errors: ConfigError."""
-    files = ModelFiles(folder)
+    state, files = state_of(folder), ModelFiles(folder)
     longest = files.max_model_len()
     tokenizer = Tokenizer.from_folder(folder)
     return ServedModel(
         name=name,
         folder=folder,
+        root=root_of(settings, folder),
+        files=state,
         settings=settings,
         created=int(time.time()),
         tokenizer=tokenizer,

@@ -1,15 +1,18 @@
 """Models loaded and unloaded while the server runs: both resident, the name switched, the old one drained."""
 
 import asyncio
+import logging
 import time
 from pathlib import Path
 from typing import Any, Literal
 
-from ..engine.errors import ConfigError, ConflictError, EngineError
+from ..engine.errors import ConfigError, ConflictError, EngineError, NybbleError
 from .fleet import Fleet
-from .models import ServedModel
+from .models import ServedModel, root_of, state_of
 from .settings import Settings
 from .task_process import task_process
+
+logger = logging.getLogger("nybble")
 
 Strategy = Literal["both", "replace"]
 
@@ -26,30 +29,47 @@ class Switch:
         """Serve the model in ``folder`` as ``alias``; returns once it does.
 
         "both": the old model of that name answers until the new one does. "replace": it ends first, and comes
-        back where the new one fails. Errors: ConfigError where the model cannot be served, ConflictError
-        where not both fit; then everything is as before.
+        back where the new one fails. What the name serves already, unchanged, is not loaded again. Errors:
+        ConfigError where the model cannot be served, ConflictError where not both fit; then everything is as
+        before.
         """
         self._refuse_second()
         async with self._busy:
             started = time.monotonic()
             settings = self._settings_for(folder)
-            report = await self._check(settings, folder)
+            what = f"{root_of(settings, folder)} as {alias!r}"
             before = next((model for model in self._fleet.models.all() if model.name == alias), None)
-            needed, free = report["weight_bytes"] + report["kv_bytes_one_request"], report["free_bytes"]
-            ended = before if strategy == "replace" else None
-            if ended is None and needed > free:
-                remedy = "unload another model"
-                if before is not None:
-                    remedy = f'use "strategy": "replace", which ends the old model first, or {remedy}'
-                raise ConflictError(
-                    f"'{alias}' needs {needed} bytes beside what is served, {free} are free; {remedy}",
-                    param="strategy",
-                )
-            if ended is None:
-                model = await self._beside(settings, folder, alias)
-            else:
-                model = await self._replace(settings, folder, ended)
-            return {**model.card(), "load_seconds": round(time.monotonic() - started, 3)}
+            if before is not None and _serves(before, folder):
+                logger.info("%s is served already", what)
+                return {**before.card(), "load_seconds": 0.0}
+            logger.info("loading %s", what)
+            try:
+                model = await self._load(settings, folder, alias, before, strategy)
+            except NybbleError as error:
+                logger.warning("%s could not be loaded: %s", what, error.message)
+                raise
+            seconds = time.monotonic() - started
+            instead = "" if before is None else f", in place of {before.root}"
+            logger.info("loaded %s in %.1f s%s", what, seconds, instead)
+            return {**model.card(), "load_seconds": round(seconds, 3)}
+
+    async def _load(
+        self, settings: Settings, folder: Path, alias: str, before: ServedModel | None, strategy: Strategy
+    ) -> ServedModel:
+        report = await self._check(settings, folder)
+        needed, free = report["weight_bytes"] + report["kv_bytes_one_request"], report["free_bytes"]
+        ended = before if strategy == "replace" else None
+        if ended is not None:
+            return await self._replace(settings, folder, ended)
+        if needed > free:
+            remedy = "unload another model"
+            if before is not None:
+                remedy = f'use "strategy": "replace", which ends the old model first, or {remedy}'
+            raise ConflictError(
+                f"'{alias}' needs {needed} bytes beside what is served, {free} are free; {remedy}",
+                param="strategy",
+            )
+        return await self._beside(settings, folder, alias)
 
     async def unload(self, name: str) -> None:
         """Serve the name no more; its requests are finished. Errors: ModelNotFoundError, ConflictError."""
@@ -58,7 +78,9 @@ class Switch:
             self._fleet.models.get(name)
             if len(self._fleet.models.all()) == 1:
                 raise ConflictError(f"'{name}' is the only model; stop the server instead", param="model")
-            self._fleet.retire(self._fleet.models.remove(name))
+            model = self._fleet.models.remove(name)
+            self._fleet.retire(model)
+            logger.info("%r unloaded (%s); its requests are finished first", name, model.root)
 
     def _refuse_second(self) -> None:
         if self._busy.locked():
@@ -66,7 +88,13 @@ class Switch:
 
     def _settings_for(self, folder: Path) -> Settings:
         """The server's options but those that describe its first model."""
-        own = {"model": str(folder), "revision": None, "chat_template": None, "max_model_len": None}
+        known = (model.settings.model for model in self._fleet.models.all() if model.folder == folder)
+        own = {
+            "model": next(known, str(folder)),
+            "revision": None,
+            "chat_template": None,
+            "max_model_len": None,
+        }
         return self._settings.model_copy(update=own)
 
     async def _check(self, settings: Settings, folder: Path) -> dict[str, Any]:
@@ -114,3 +142,8 @@ class Switch:
         except BaseException:
             await self._fleet.stop_engine(model.client)
             raise
+
+
+def _serves(model: ServedModel, folder: Path) -> bool:
+    """Whether it answers, from the files that ``folder`` holds now."""
+    return model.folder == folder and model.client.ready.is_set() and model.files == state_of(folder)

@@ -1,6 +1,8 @@
 """Models loaded, switched and unloaded while requests run, over real engines."""
 
 import json
+import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -21,15 +23,19 @@ ADMIN = {"authorization": "Bearer adm"}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    root = tmp_path_factory.mktemp("switch")
-    models = root / "models"
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    models = tmp_path_factory.mktemp("switch") / "models"
     for name in ("second", "broken"):
         shutil.copytree(DEMO, models / name)
     weights = models / "broken" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
+    return models
+
+
+@pytest.fixture(scope="module")
+def server(models: Path) -> Iterator[LiveServer]:
     with serve(
-        root / "log",
+        models.parent / "log",
         *("--models-dir", str(models), "--admin-key", "adm", "--served-model-name", "demo"),
         *("--kv-cache-memory", "64MiB", "--max-num-seqs", "8"),
     ) as found:
@@ -54,6 +60,9 @@ def test_a_second_model_beside_the_first(server: LiveServer) -> None:
     assert answer.status_code == 200, answer.text
     assert (answer.json()["id"], answer.json()["load_seconds"] > 0) == ("beside", True)
     assert served(server) == ["demo", "beside"]
+    cards = httpx.get(f"{server.url}/v1/models").json()["data"]
+    assert [card["root"] for card in cards] == ["nybble-demo", "second"]
+    assert re.search(r"INFO loaded second as 'beside' in \d+\.\d s\n", server.log.read_text())
     texts = {complete(server, name).json()["choices"][0]["text"] for name in ("demo", "beside")}
     assert "" not in texts
     samples = httpx.get(f"{server.url}/metrics").text
@@ -61,14 +70,33 @@ def test_a_second_model_beside_the_first(server: LiveServer) -> None:
         assert f'nybble_engine_up{{model_name="{name}"}} 1.0' in samples
     assert post(server, "/v1/models/unload", {"model": "beside"}).json()["unloaded"] is True
     assert served(server) == ["demo"]
+    assert "INFO 'beside' unloaded (second); its requests are finished first\n" in server.log.read_text()
     assert complete(server, "beside").status_code == 404
 
 
+def test_what_is_served_already_is_not_loaded_again(server: LiveServer, models: Path) -> None:
+    """Unless its files have changed."""
+    until(lambda: len(engines(server)) == 1, 30)  # without what an earlier test unloaded
+    load = {"model": "second", "alias": "again"}
+    assert post(server, "/v1/models/load", load).json()["load_seconds"] > 0
+    before = engines(server)
+    for strategy in ("both", "replace"):
+        answer = post(server, "/v1/models/load", load | {"strategy": strategy})
+        assert (answer.status_code, answer.json()["load_seconds"]) == (200, 0)
+    assert "INFO second as 'again' is served already\n" in server.log.read_text()
+    assert engines(server) == before
+    os.utime(models / "second" / "config.json")
+    assert post(server, "/v1/models/load", load).json()["load_seconds"] > 0
+    assert re.search(r"loaded second as 'again' in \S+ s, in place of second\n", server.log.read_text())
+    assert post(server, "/v1/models/unload", {"model": "again"}).json()["unloaded"] is True
+
+
 @pytest.mark.parametrize("strategy", ["both", "replace"])
-def test_a_name_changes_its_model(server: LiveServer, strategy: str) -> None:
+def test_a_name_changes_its_model(server: LiveServer, models: Path, strategy: str) -> None:
     """ "both": every request is answered meanwhile. "replace": 503 while it loads, and nothing else."""
     until(lambda: len(engines(server)) == 1, 30)  # without what an earlier test unloaded
     before = engines(server)
+    os.utime(models / "second" / "config.json")  # else there is nothing to do the second time
     stream: list[str] = []
     statuses: list[int] = []
     done = threading.Event()
@@ -124,6 +152,8 @@ def test_refusals_change_nothing(server: LiveServer, path: str, body: Any, statu
     answer = post(server, f"/v1/models/{path}", body)
     assert answer.status_code == status, answer.text
     assert said in answer.json()["error"]["message"]
+    if "model.safetensors" in said:
+        assert "WARNING broken as 'demo' could not be loaded: " in server.log.read_text()
     assert served(server) == ["demo"]
     assert complete(server, "demo").status_code == 200
 

@@ -5,8 +5,8 @@
 
 with a side {"name", "format", "bytes", "bits_per_weight", "nll", "perplexity"}. nll, nll_increase and kl are
 nats per token; kl is from the original's distribution. The standard error is over windows of text (see
-``scoring.Spread``), None where there is one. ``nybble quantize`` adds "prediction", "run" and,
-where it was given one, "gate".
+``scoring.Spread``), None where there is one. ``nybble quantize`` adds "prediction", "run" (what made it, its
+options, time, memory) and, where it was given one, "gate".
 """
 
 import math

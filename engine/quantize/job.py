@@ -118,7 +118,7 @@ def quantize(
                 summary = {"out": str(out), "seconds": time.monotonic() - started}
                 summary |= _summary(source, writer, tally, meta)
                 if held is not None:
-                    report = _report(measure(options, work, stage, held, made), summary, started)
+                    report = _report(measure(options, work, stage, held, made), summary, started, origin)
                     if options.max_nll_increase is not None:
                         report["gate"] = summary["gate"] = verdict(report, options.max_nll_increase)
                     _add_report(report, source, writer, storage, origin)
@@ -273,10 +273,11 @@ def _copy_files(source: Source, writer: CheckpointWriter, storage: Format, origi
         writer.add_json("quantize_config.json", entries["quantization_config"])
 
 
-def _report(measured: Report, summary: dict[str, Any], started: float) -> Report:
-    """With the modules' own figures, and what the run took. seconds: up to the measurement."""
+def _report(measured: Report, summary: dict[str, Any], started: float, origin: dict[str, Any]) -> Report:
+    """With the modules' own figures, how they were made, and what it took. seconds: up to the measurement."""
     run = {
-        "method": summary["meta"]["method"],
+        "nybble": __version__,
+        **{key: origin[key] for key in ("method", "options", "calibration")},
         "seconds": summary["seconds"],
         "report_seconds": time.monotonic() - started - summary["seconds"],
         "peak_rss_bytes": _peak_rss_bytes(),

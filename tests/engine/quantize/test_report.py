@@ -61,6 +61,10 @@ def test_it_says_what_eval_says_of_the_checkpoint(
     assert summary["report"] == {key: value for key, value in report.items() if key != "modules"}
     assert {m["name"] for m in summary["modules"]} == {m["name"] for m in report["modules"]}
     assert report["run"]["method"] == options.get("method", "gptq")
+    provenance = json.loads((tmp_path / "out/config.json").read_text())["provenance"]
+    assert report["run"]["options"] == provenance["options"]
+    assert report["run"]["calibration"] == provenance["calibration"]
+    assert f"nybble {report['run']['nybble']}" == provenance["tool"]
     assert f"{report['kl']:.5f}" in (tmp_path / "out/quality.html").read_text()
 
 

@@ -1,5 +1,6 @@
 """Errors to HTTP: one table, and OpenAI's error body."""
 
+from difflib import get_close_matches
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,6 +19,7 @@ from ..engine.errors import (
 )
 from .findings import finding
 
+BRANCH = "<branch> "  # begins the tag of a union's branch, which is no name of the body's
 RETRY_SECONDS = 1  # Retry-After where we cannot know better: the engine restarts, or the server drains
 
 
@@ -94,8 +96,10 @@ def internal_error() -> NybbleError:
 
 def request_error(error: ValidationError) -> RequestError:
     """The first finding of pydantic, in one line that names the field and what was found."""
-    details = error.errors(include_url=False)[0]
+    details, *others = error.errors(include_url=False)
     path = _path(details)
+    if details["type"] == "missing" and (slip := _slip(details, others)) is not None:
+        return RequestError(f"unknown parameter '{slip}'; use '{details['loc'][-1]}'", param=slip)
     if details["type"] == "extra_forbidden":
         return RequestError(f"unknown parameter '{path}'; check the spelling or leave it out", param=path)
     if details["type"] == "missing":
@@ -109,8 +113,19 @@ def _row(error: NybbleError) -> tuple[int, str, str | None]:
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
 
 
+def _slip(missing: ErrorDetails, others: list[ErrorDetails]) -> str | None:
+    """The unknown parameter that was probably meant to be the missing one beside it."""
+    *place, name = missing["loc"]
+    for other in others:
+        *its_place, its_name = other["loc"]
+        unknown = other["type"] == "extra_forbidden" and its_place == place
+        if unknown and get_close_matches(str(its_name), [str(name)]):
+            return _path(other)
+    return None
+
+
 def _path(details: ErrorDetails) -> str:
-    path = ".".join(str(part) for part in details["loc"]) or "body"
+    path = ".".join(str(part) for part in details["loc"] if not str(part).startswith(BRANCH)) or "body"
     return path if len(path) <= 100 else path[:100] + "..."
 
 

@@ -106,7 +106,10 @@ class Jobs:
     async def submit(self, request: Json, num_layers: int | None = None) -> JobRecord:
         """Queue a job. Errors: ConflictError where another one makes the same output, EngineError."""
         if (maker := self._maker(request["output"])) is not None:
-            raise ConflictError(f"'output' {request['output']}: job {maker.id} makes it", param="output")
+            remedy = "choose another name, or cancel that job first"
+            raise ConflictError(
+                f"'output' {request['output']}: job {maker.id} makes it; {remedy}", param="output"
+            )
         job = JobRecord(f"quant-{uuid4().hex}", int(time.time()), request)
         job.progress["num_layers"] = num_layers
         self._jobs[job.id] = job  # at once: a second request of the same output must find it

@@ -8,14 +8,14 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, create_model, field_validator
 from pydantic_core import to_json
 
 from ..engine.errors import ConfigError, ConflictError, EngineError, NotFoundError, RequestError
 from ..engine.model_files import PROVENANCE, ModelFiles
 from ..engine.quantize.options import QuantizeOptions
 from .cli_quantize import Quantize
-from .errors import error_body
+from .errors import BRANCH, error_body
 from .fleet import Fleet
 from .job_store import JobRecord
 from .job_texts import JobTexts
@@ -23,12 +23,14 @@ from .job_words import field_of, in_api_words, shown_message
 from .jobs import Jobs
 
 _KEEPALIVE_SECONDS = 15.0
+_MAX_KNOWN = 20  # names in an error
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _OTHERWISE = {
     *("model", "out", "calibration", "eval_text", "max_nll_increase"),
     *("overwrite", "resume", "revision", "num_threads"),
 }
 _OWN = {"model", "output", "calibration", "evaluation", "gate"}  # the API's, not the CLI's
+_NAME_OF_FILE, _TEXTS = f"{BRANCH}name", f"{BRANCH}texts"
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
 Json = dict[str, Any]
@@ -40,12 +42,26 @@ class Texts(BaseModel):
     model_config = _STRICT
     texts: Annotated[list[str], Field(min_length=1, max_length=1 << 16)]
 
+    @field_validator("texts")
+    @classmethod
+    def _not_blank(cls, texts: list[str]) -> list[str]:
+        if not any(text.strip() for text in texts):
+            raise ValueError("holds empty texts only; give at least one with words")
+        return texts
+
+
+def _branch(source: object) -> str:
+    """Of a union, so that errors are those of the form that was meant."""
+    return _TEXTS if isinstance(source, (dict, Texts)) else _NAME_OF_FILE
+
 
 class TextBody(BaseModel):
     """source: "default" is the built-in text; else a file under --data-dir (text, or .jsonl), or texts."""
 
     model_config = _STRICT
-    source: str | Texts = "default"
+    source: Annotated[
+        Annotated[str, Tag(_NAME_OF_FILE)] | Annotated[Texts, Tag(_TEXTS)], Discriminator(_branch)
+    ] = "default"
 
 
 class GateBody(BaseModel):
@@ -110,7 +126,7 @@ class Quantizations:
         out = self._output(body.output)
         if body.gate is not None and not body.report:
             raise RequestError("'gate': needs the quality report; leave 'report' out", param="gate")
-        layers = ModelFiles(model).config.get("num_hidden_layers")
+        layers = _original(model, body.model).config.get("num_hidden_layers")
         # Threads write the texts and the job, whatever becomes of the request: a job as a whole or none.
         return await asyncio.shield(self._queue(body, model, out, layers))
 
@@ -134,9 +150,19 @@ class Quantizations:
         folder = _inside(self._models_dir, name, "model", "--models-dir")
         if not _is_file(folder / "config.json"):
             raise NotFoundError(
-                f"'model' {name:.200}: neither served nor a model under --models-dir", param="model"
+                f"'model' {name:.200}: neither served nor a model under --models-dir; there are: "
+                f"{self._known()}",
+                param="model",
             )
         return folder
+
+    def _known(self) -> str:
+        """Names to choose from, for an error."""
+        folders = (path.name for path in self._models_dir.iterdir() if _is_file(path / "config.json"))
+        served = [model.name for model in self._fleet.models.all()]
+        names = [*served, *sorted(name for name in folders if not name.startswith("."))]
+        more = f" and {len(names) - _MAX_KNOWN} more" if len(names) > _MAX_KNOWN else ""
+        return ", ".join(f"'{name}'" for name in names[:_MAX_KNOWN]) + more
 
     def _output(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
@@ -155,7 +181,11 @@ class Quantizations:
         if source == "default":
             return None
         if self._data_dir is None:
-            raise RequestError(f"'{param}' {source:.200}: the server has no --data-dir", param=param)
+            raise RequestError(
+                f"'{param}' {source:.200}: the server has no folder of texts; start it with --data-dir, or "
+                'send {"texts": [...]} instead of a name',
+                param=param,
+            )
         path = _inside(self._data_dir, source, param, "--data-dir")
         if not _is_file(path):
             raise NotFoundError(f"'{param}' {source:.200}: no file under --data-dir", param=param)
@@ -173,6 +203,21 @@ def _request(body: Any, options: Json) -> Json:
         "gate": None if body.gate is None else body.gate.model_dump(),
         "options": options,
     }
+
+
+def _original(model: Path, name: str) -> ModelFiles:
+    """The files of a model that may be quantized. RequestError, in the job's words, where it is already."""
+    files = ModelFiles(model)
+    try:
+        quantized = files.quantize_config
+    except ConfigError as error:  # which names its folder
+        raise RequestError(error.message.replace(str(model), name), param="model") from error
+    if quantized is not None:
+        method = quantized.get("quant_method", "gptq")
+        raise RequestError(
+            f"'model' {name}: is quantized already ({method}); give the original", param="model"
+        )
+    return files
 
 
 def _refuse_options(options: Json) -> None:

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 from gateway_server import GatewayServer, running
-from nybble.server.job_store import JobRecord
-from nybble.server.quantizations import refused_by_gate
 from tiny_models import tiny_transformer
 from tiny_tokenizer import write_tokenizer
 
@@ -34,6 +32,9 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     tiny_transformer("llama", vocab_size=300).save_pretrained(root / "original")
     write_tokenizer(root / "original")
+    for name, config in (("quantized", '{"quantization_config": {"quant_method": "awq"}}'), ("garbled", "{")):
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(config)
     (root.parent / "data").mkdir()
     (root.parent / "data" / "mine.txt").write_text("\n<|endoftext|>\n".join(TEXTS))
     (root.parent / "secret.txt").write_text("not for calibration")
@@ -168,40 +169,6 @@ def test_the_gate(server: GatewayServer, models_dir: Path, folder: Path, tmp_pat
     assert server.post("/v1/models/unload", {"model": "another"}).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("gate", "refused"),
-    [
-        (None, False),
-        ({"max_nll_increase": 0.1, "nll_increase": 0.05, "passed": True}, False),
-        ({"max_nll_increase": 0.1, "nll_increase": 0.15, "passed": False}, True),
-        ({"max_nll_increase": "?", "passed": "True"}, True),
-        ({}, True),
-        ("passed", True),
-    ],
-)
-def test_only_a_gate_that_was_passed_is_passed(gate: Any, refused: bool, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"provenance": {"gate": gate}}))
-    assert (refused_by_gate(tmp_path, []) is not None) == refused
-
-
-@pytest.mark.parametrize(("origin", "refused"), [({}, True), ({"gate": None}, False), (None, False)])
-def test_the_last_job_knows_a_gate_that_its_checkpoint_does_not(
-    origin: Any, refused: bool, tmp_path: Path
-) -> None:
-    """Of before it did. Not that of one that was made otherwise since, nor of another model in its place."""
-
-    def job(out: str, result: Any) -> JobRecord:
-        return JobRecord(out, 0, {"options": {"out": str(tmp_path / out)}}, "succeeded", result=result)
-
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "config.json").write_text(json.dumps({"provenance": origin}))
-    bad, good = ({"gate": {"max_nll_increase": 0, "nll_increase": 1, "passed": p}} for p in (False, True))
-    last = [job("mine", good), job("mine", bad), job("mine", None), job("other", good)]
-    assert (refused_by_gate(tmp_path / "mine", last) is not None) == refused
-    assert refused_by_gate(tmp_path / "mine", [job("mine", bad), job("mine", good)]) is None
-    assert refused_by_gate(tmp_path / "mine", [job("mine", bad), job("mine", {})]) is None
-
-
 BAD = [
     ({"bits": "4"}, 400, "'bits'"),
     ({"bits": 5}, 400, "'bits' 5: use 2, 3, 4 or 8"),
@@ -216,13 +183,32 @@ BAD = [
     ({"output": "original"}, 409, "exists already"),
     ({"model": "../models/original"}, 400, "must lie under --models-dir"),
     ({"model": "/etc"}, 400, "must lie under --models-dir"),
-    ({"model": "nothing"}, 404, "neither served nor a model"),
+    (
+        {"model": "nothing"},
+        404,
+        "'model' nothing: neither served nor a model under --models-dir; there are: ",
+    ),
+    ({"model": "quantized"}, 400, "'model' quantized: is quantized already (awq); give the original"),
+    ({"model": "garbled"}, 400, "garbled/config.json: not valid JSON"),
     ({"model": ".nybble"}, 400, "must lie under"),
     ({"model": "n" * 300}, 404, "neither served nor a model"),
     ({"calibration": {"source": "n" * 300}}, 404, "no file under --data-dir"),
     ({"calibration": {"source": "../secret.txt"}}, 400, "must lie under --data-dir"),
     ({"calibration": {"source": "other.txt"}}, 404, "no file under --data-dir"),
-    ({"calibration": {"source": {"texts": []}}}, 400, "calibration.source"),
+    ({"calibration": {"source": 5}}, 400, "'calibration.source': should be a text (found 5)"),
+    ({"calibration": {"source": {"texts": []}}}, 400, "'calibration.source.texts': must not be empty"),
+    (
+        {"calibration": {"source": {"texts": ["", "\n "]}}},
+        400,
+        "'calibration.source.texts': holds empty texts",
+    ),
+    (
+        {"evaluation": {"source": {"texts": [1]}}},
+        400,
+        "'evaluation.source.texts.0': should be a text (found 1)",
+    ),
+    ({"calibration": {"source": {"text": ["a"]}}}, 400, "'calibration.source.text'; use 'texts'"),
+    ({"calibration": {"source": {"corpus": ["a"]}}}, 400, "'calibration.source.texts' is required"),
     ({"gate": {"max_nll_increase": -1}}, 400, "gate.max_nll_increase"),
     ({"gate": {"max_nll_increase": 1}, "report": False}, 400, "'gate': needs the quality report"),
     ({"eval_text": "/etc/passwd"}, 400, "unknown parameter 'eval_text'"),
@@ -238,9 +224,22 @@ def test_requests_that_make_no_job(
     answer = server.post("/v1/quantizations", {"model": "original", "output": "x", **SMALL, **fields})
     assert answer.status_code == status, answer.text
     assert said in answer.json()["error"]["message"]
+    assert str(models_dir) not in answer.text
     assert answer.json()["error"]["param"].partition(".")[0] in {"evaluation", *fields}
     assert len(server.get("/v1/quantizations").json()["data"]) == before
     assert texts_of(models_dir) == []
+
+
+def test_a_model_that_is_not_there_is_answered_with_those_that_are(folder: Path, tmp_path: Path) -> None:
+    for name in ("b", "a", "no-model", ".hidden"):
+        (tmp_path / name).mkdir()
+        if name != "no-model":
+            (tmp_path / name / "config.json").write_text("{}")
+    with running(folder, models_dir=tmp_path, admin_key="adm") as server:
+        for path, rest in (("quantizations", {"output": "x"}), ("models/load", {"alias": "y"})):
+            answer = server.post(f"/v1/{path}", {"model": "c", **rest}, headers=ADMIN)
+            assert answer.status_code == 404
+            assert answer.json()["error"]["message"].endswith("--models-dir; there are: 'tiny', 'a', 'b'")
 
 
 def test_a_link_out_of_the_folder_is_no_way_out(server: GatewayServer, models_dir: Path) -> None:
@@ -288,7 +287,10 @@ def test_an_error_names_the_fields_of_the_request(server: GatewayServer, models_
 def test_cancel_while_queued_and_while_running(server: GatewayServer, models_dir: Path) -> None:
     running_job = submit(server, "long", num_samples=4096, calibration={"source": {"texts": TEXTS * 400}})
     waiting = submit(server, "later")
-    assert server.post("/v1/quantizations", {"model": "original", "output": "later"}).status_code == 409
+    second = server.post("/v1/quantizations", {"model": "original", "output": "later"})
+    assert second.status_code == 409
+    told = f"'output' later: job {waiting['id']} makes it; choose another name, or cancel that job first"
+    assert second.json()["error"]["message"] == told
     assert server.http.delete(f"/v1/quantizations/{waiting['id']}").status_code == 409
     server.wait(lambda: job_process(server) is not None)
     for job in (waiting, running_job):
@@ -348,6 +350,10 @@ def test_keys(folder: Path, models_dir: Path, tmp_path: Path, server: GatewaySer
             answer = plain.http.request(method, f"/v1/quantizations{path}", headers=user)
             assert answer.status_code == 403
             assert "--admin-key" in answer.json()["error"]["message"]
+    with running(folder, models_dir=tmp_path, admin_key="adm") as bare_texts:
+        job = {"model": "tiny", "output": "x", "calibration": {"source": "a.txt"}}
+        said = bare_texts.post("/v1/quantizations", job, headers=ADMIN).json()["error"]["message"]
+        assert said.endswith('; start it with --data-dir, or send {"texts": [...]} instead of a name')
     with running(folder, admin_key="adm", api_key=["user"]) as without:
         answer = without.get("/v1/quantizations", headers=ADMIN)
         assert answer.status_code == 403

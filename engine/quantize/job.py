@@ -35,9 +35,9 @@ from .report import Report, main_figures, measure, read_held_out, verdict, with_
 from .results import QuantizedModule, Stage
 from .scratch import Scratch
 from .source import TARGET, Source
-from .storage import describe_zeros, general_spec, refuse_unlike, refused_shape, storage_for
+from .storage import describe_groups, describe_zeros, general_spec, refuse_unlike, refused_shape, storage_for
 from .work import Log, Progress, Work
-from .writer import CheckpointWriter
+from .writer import CheckpointWriter, refuse_existing
 
 _WEIGHT_FILES = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack)(\.index\.json)?", re.IGNORECASE
@@ -89,17 +89,19 @@ def quantize(
     folder, out = resolve_model(options.model, options.revision), Path(options.out).expanduser().absolute()
     if folder == out.resolve() or folder in out.resolve().parents or out.resolve() in folder.parents:
         raise ConfigError(f"OUT {out}: must be neither MODEL, nor inside it, nor around it; choose another")
+    refuse_existing(out, options.overwrite)
     with Source(folder) as source:
         specs, dense = choose_modules(source, options)
         head = head_spec(source, options)
         log(describe_head(source, head))
         all_specs = [*specs.values(), *([] if head is None else [head])]
-        if (said := describe_zeros(options, all_specs)) is not None:
+        longer = describe_groups(source.parts(), specs)
+        for said in filter(None, (describe_zeros(options, all_specs), longer)):
             log(said)
         names = [name for module in (*specs, LM_HEAD) for name in _longest_names(module)]
         with CheckpointWriter(out, [*names, *source.files], options.overwrite) as writer:
-            calibration = _calibration(options, method, source, log)
             held = read_held_out(options, source) if options.report else None
+            calibration = _calibration(options, method, source, log)
             _refuse_memory(method.peak_bytes(source.config, _tokens(calibration)))
             with Scratch(out, options, folder, log, source.config.num_layers) as scratch:
                 ops = Ops.resolve(TARGET)
@@ -109,6 +111,7 @@ def quantize(
                 meta = _provenance(options, settings, calibration)
                 storage = with_head(storage_for(options, stage, dense, meta), head)
                 tally = _write(stage, work, writer, storage, dense)
+                tally.warnings += filter(None, (longer,))
                 if head is not None:
                     _add(quantize_head(source, head, options.mse), work, writer, storage, tally)
                 _add_rest(source.files, writer, tally.done)

@@ -130,6 +130,12 @@ class QuantizeOptions:
             raise ConfigError(f"--lm-head-bits {self.lm_head_bits}: use {_or(BITS)}, or leave it out")
         if self.storage == "awq" and self.bits != AWQ_BITS:
             raise ConfigError(f"--bits {self.bits}: --checkpoint-format awq holds 4 bits only; use gptq")
+        if self.storage == "awq" and self.actorder == "group" and not self.static_groups:
+            gptq = "gptq" if self.symmetric else "gptq_v2"
+            raise ConfigError(
+                "--actorder group: --checkpoint-format awq stores no order of inputs; use "
+                f"--checkpoint-format {gptq}, or another --actorder (none; gar with --method gptq)"
+            )
 
     def _check_choices(self) -> None:
         for option, value, choices in (

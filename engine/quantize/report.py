@@ -52,7 +52,9 @@ def read_held_out(options: QuantizeOptions, source: Source) -> HeldOut:
     prefix = next(iter(source.model.eos_token_ids()), None)
     passage = read_windows(documents, encoder, prefix, context, max_tokens=max_tokens)
     if not passage.windows:
-        raise ConfigError(f"--eval-text {documents.name}: holds no text that could be scored")
+        raise ConfigError(
+            f"--eval-text {documents.name}: holds no text that could be scored; give some thousand words"
+        )
     if passage.highest_id >= source.config.vocab_size:
         raise ConfigError(
             f"MODEL {source.model.folder}: its tokenizer gives id {passage.highest_id}, but the vocabulary "

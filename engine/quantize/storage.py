@@ -12,6 +12,7 @@ from ..formats.base import Format
 from ..formats.compressed_tensors import CompressedTensorsFormat, Group
 from ..formats.gptq import GPTQFormat
 from ..formats.overlay import OverlayFormat
+from ..model.plan import Part, Slot
 from .options import DENSE_BITS, QuantizeOptions
 from .results import Stage
 
@@ -49,6 +50,22 @@ def describe_zeros(options: QuantizeOptions, specs: Iterable[QuantSpec]) -> str 
     return (
         "checkpoint format gptq (v1) has no zero point of 0 that all engines read alike: groups that would "
         "have it get coarser steps; gptq_v2 has none of this"
+    )
+
+
+def describe_groups(parts: Iterable[tuple[Slot, Part]], specs: Mapping[str, QuantSpec]) -> str | None:
+    """Which groups are longer than the rows they are cut from, for people; None: none."""
+    found = [
+        (part, specs[part.name].group_size)
+        for _, part in parts
+        if part.name in specs and specs[part.name].group_size > part.in_features
+    ]
+    if not found:
+        return None
+    part, size = found[0]
+    return (
+        f"groups of {size} are longer than rows of {part.in_features} inputs, which are one group each then "
+        f"({len(found)} modules, as {part.name})"
     )
 
 

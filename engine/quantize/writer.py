@@ -94,7 +94,7 @@ class CheckpointWriter:
         """``tensor_names``: all that may come, for the size of the headers."""
         self.out = out
         self._overwrite = overwrite
-        _refuse_existing(out, overwrite)
+        refuse_existing(out, overwrite)
         self._header_bytes = 64 + sum(len(json.dumps(name)) + _ENTRY_BYTES for name in tensor_names)
         self._folder = out.parent / f".{out.name}.{os.getpid()}.partial"
         self._shards: list[_Shard] = []
@@ -105,7 +105,7 @@ class CheckpointWriter:
     def __enter__(self) -> Self:
         with self._writing():
             remove_leftovers(self.out)
-            _refuse_existing(self.out, self._overwrite)  # again: the old one may be back
+            refuse_existing(self.out, self._overwrite)  # again: the old one may be back
             self._folder.mkdir(parents=True)
         return self
 
@@ -180,7 +180,7 @@ class CheckpointWriter:
         if not self._finished:
             self.finish()
         with self._writing():
-            _refuse_existing(self.out, self._overwrite)
+            refuse_existing(self.out, self._overwrite)
             old = self._folder.with_suffix(".old")
             if self.out.exists():
                 self.out.rename(old)
@@ -219,7 +219,8 @@ def remove_leftovers(out: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _refuse_existing(out: Path, overwrite: bool) -> None:
+def refuse_existing(out: Path, overwrite: bool) -> None:
+    """ConfigError where something is there that may not be replaced."""
     if out.is_dir():
         if any(out.iterdir()) and not overwrite:
             raise ConfigError(f"OUT {out}: exists and is not empty; choose another folder or add --overwrite")

@@ -162,6 +162,16 @@ def test_shapes_that_the_format_cannot_express_stay_dense(make_model: Any, tmp_p
     load_decoder(tmp_path / "out")
 
 
+def test_groups_longer_than_a_row_are_told(make_model: Any, tmp_path: Path) -> None:
+    """One group then; whoever reads the configuration finds another size there."""
+    folder, _ = make_model("llama")
+    summary = run(folder, tmp_path / "out", method="rtn", group_size=256)
+    said = "groups of 256 are longer than rows of 64 inputs, which are one group each then (21 modules, as "
+    assert summary["warnings"] == [f"{said}model.layers.0.self_attn.q_proj)"]
+    assert read_module(tmp_path / "out", "model.layers.0.self_attn.q_proj").scales.shape[1] == 1
+    assert run(folder, tmp_path / "row", method="rtn", group_size=-1)["warnings"] == []
+
+
 def test_scales_beyond_fp16_stay_dense_with_a_name(make_model: Any, tmp_path: Path) -> None:
     folder, _ = make_model("llama")
     name = "model.layers.1.self_attn.k_proj"
@@ -284,8 +294,11 @@ def test_out_is_never_overwritten_unasked(make_model: Any, tmp_path: Path) -> No
     out.mkdir()
     run(folder, out, method="rtn")  # empty: fine
     before = (out / "model.safetensors").read_bytes()
+    given = QuantizeOptions(str(folder), str(out), bits=8, calibration="no/such/file")
+    lines: list[str] = []
     with pytest.raises(ConfigError, match=r"not empty.*--overwrite"):
-        run(folder, out, bits=8, method="rtn")
+        quantize(given, lambda *_: None, lines.append)
+    assert lines == [], "the model was looked at first"
     assert (out / "model.safetensors").read_bytes() == before
     (out / "stale.txt").touch()
     run(folder, out, bits=8, method="rtn", overwrite=True)

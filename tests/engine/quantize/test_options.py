@@ -23,6 +23,10 @@ from nybble.engine.quantize.storage import general_spec
             "--checkpoint-format awq cannot hold every choice; use gptq or gptq_v2",
         ),
         ({"bits": 3, "checkpoint_format": "awq"}, "--bits 3: --checkpoint-format awq holds 4 bits only"),
+        (
+            {"actorder": "group", "checkpoint_format": "awq", "symmetric": False},
+            "--checkpoint-format awq stores no order of inputs; use --checkpoint-format gptq_v2, or another",
+        ),
         ({"report": False, "eval_tokens": 5}, "--eval-tokens: has no effect without --report; leave it out"),
         ({"report": False, "max_nll_increase": 0.0}, "--max-nll-increase: has no effect without --report"),
         ({"max_nll_increase": -0.1}, "--max-nll-increase -0.1: must be a number, 0 or more"),

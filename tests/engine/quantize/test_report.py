@@ -128,6 +128,14 @@ def test_large_models_are_scored_on_less(
     ("options", "message"),
     [
         ({"eval_text": "no/such/file"}, "--eval-text no/such/file: cannot be read"),
+        (
+            {"eval_text": "no/such/file", "calibration": "nor/this"},
+            "--eval-text no/such/file: cannot be read",
+        ),
+        (
+            {"eval_text": "/dev/null"},
+            "--eval-text null: holds no text that could be scored; give some thousand",
+        ),
         ({"eval_tokens": 0}, "--eval-tokens 0: must be at least 1"),
         ({"eval_tokens": 5, "report": False}, "--eval-tokens: has no effect without --report"),
         ({"predict": True, "report": False}, "--predict: has no effect without --report"),

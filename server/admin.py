@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from ..engine.errors import AuthError, ConflictError, ForbiddenError
+from .gates import refused_by_gate
 from .gateway import Gateway
 from .openapi import request_schema
 from .quantizations import (
@@ -19,7 +20,6 @@ from .quantizations import (
     UnloadBody,
     events,
     quantization_body,
-    refused_by_gate,
     shown,
 )
 from .switch import Switch

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, create_mo
 from pydantic_core import to_json
 
 from ..engine.errors import ConfigError, ConflictError, EngineError, NotFoundError, RequestError
-from ..engine.model_files import PROVENANCE, ModelFiles
+from ..engine.model_files import ModelFiles
 from ..engine.quantize.options import QuantizeOptions
 from .cli_quantize import Quantize
 from .errors import BRANCH, error_body
@@ -226,31 +226,6 @@ def _refuse_options(options: Json) -> None:
         QuantizeOptions(**options)
     except ConfigError as error:
         raise RequestError(in_api_words(error.message), param=field_of(error.message)) from error
-
-
-def refused_by_gate(folder: Path, jobs: Sequence[JobRecord]) -> str | None:
-    """Why the checkpoint in ``folder`` must not be loaded, or None: it carries the verdict itself, so that it
-    holds without the job, in a copy, and on another server. One from before it did is looked up in ``jobs``,
-    the oldest first. Errors: CheckpointError."""
-    origin = ModelFiles(folder).config.get(PROVENANCE)
-    gate = None
-    if isinstance(origin, dict):
-        gate = origin["gate"] if "gate" in origin else _recorded_gate(folder.resolve(), jobs)
-    if gate is None or (isinstance(gate, dict) and gate.get("passed") is True):
-        return None
-    try:
-        told = f"NLL rose by {gate['nll_increase']:.4f}, allowed are {gate['max_nll_increase']:g}"
-    except (TypeError, KeyError, ValueError):
-        told = f"its config.json says {str(gate)[:100]}"
-    return f"did not pass its gate: {told}; quantize the original again, with more bits or a larger gate"
-
-
-def _recorded_gate(folder: Path, jobs: Sequence[JobRecord]) -> Json | None:
-    """The verdict on what the last job of ``folder``, which has many spellings, made there."""
-    for job in reversed(jobs):
-        if job.result is not None and Path(job.request["options"]["out"]).resolve() == folder:
-            return job.result.get("gate")
-    return None
 
 
 def _inside(root: Path, name: str, param: str, option: str) -> Path:

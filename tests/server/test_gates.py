@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nybble.server.gates import refused_by_gate
 from nybble.server.job_store import JobRecord
-from nybble.server.quantizations import refused_by_gate
 
 
 @pytest.mark.parametrize(

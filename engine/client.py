@@ -240,11 +240,11 @@ class EngineClient:
 
     def _note_death(self, ending: str) -> float | None:
         """End the streams; seconds until the restart, or None to give up."""
-        self._log(f"the engine died: {ending}")
         self._end_streams(EngineDeadError(f"the engine died ({ending}); try again"))
         if self._failed is not None and self._failed.user_error:
-            self.failure = ConfigError(self._failed.message)
+            self.failure = ConfigError(self._failed.message)  # no crash: whoever waits for it tells the user
             return None
+        self._log(f"the engine died: {ending}")
         now = time.monotonic()
         self._deaths.append(now)
         recent = sum(now - death < DEATH_WINDOW for death in self._deaths)

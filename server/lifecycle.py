@@ -101,7 +101,11 @@ async def admin_of(gateway: Gateway, fleet: Fleet) -> AsyncIterator[Admin]:
     switch, folder = Switch(settings, fleet), settings.models_dir
     if folder is None or settings.admin_key is None:
         if settings.admin_key is not None:
-            logger.warning("--admin-key without --models-dir: /v1/quantizations answers 403")
+            off = "quantizing and loading (/v1/quantizations, /v1/models/load) answer 403; set --models-dir"
+            logger.warning("--admin-key without --models-dir: %s", off)
+        elif folder is not None:
+            off = "quantizing, loading and unloading models answer 403; set --admin-key"
+            logger.warning("--models-dir without --admin-key: %s", off)
         yield Admin(gateway, switch, None)
         return
     with only_server_of(folder) as hidden:

@@ -334,7 +334,7 @@ def test_a_process_that_is_always_killed_fails_the_job(server: GatewayServer) ->
     assert "signal 9" in last["error"]["message"]
 
 
-def test_keys(folder: Path, models_dir: Path, tmp_path: Path, server: GatewayServer) -> None:
+def test_keys(folder: Path, tmp_path: Path, server: GatewayServer, caplog: pytest.LogCaptureFixture) -> None:
     bare = {"authorization": ""}
     assert server.http.get("/v1/quantizations", headers=bare).status_code == 401
     assert server.http.get("/v1/quantizations", headers={"authorization": "Bearer no"}).status_code == 403
@@ -350,6 +350,9 @@ def test_keys(folder: Path, models_dir: Path, tmp_path: Path, server: GatewaySer
             answer = plain.http.request(method, f"/v1/quantizations{path}", headers=user)
             assert answer.status_code == 403
             assert "--admin-key" in answer.json()["error"]["message"]
+    off = "quantizing, loading and unloading models answer 403; set --admin-key"
+    assert caplog.messages == [f"--models-dir without --admin-key: {off}"]
+    caplog.clear()
     with running(folder, models_dir=tmp_path, admin_key="adm") as bare_texts:
         job = {"model": "tiny", "output": "x", "calibration": {"source": "a.txt"}}
         said = bare_texts.post("/v1/quantizations", job, headers=ADMIN).json()["error"]["message"]
@@ -358,6 +361,8 @@ def test_keys(folder: Path, models_dir: Path, tmp_path: Path, server: GatewaySer
         answer = without.get("/v1/quantizations", headers=ADMIN)
         assert answer.status_code == 403
         assert "--models-dir" in answer.json()["error"]["message"]
+        off = "quantizing and loading (/v1/quantizations, /v1/models/load) answer 403; set --models-dir"
+        assert caplog.messages == [f"--admin-key without --models-dir: {off}"]
         assert without.get("/v1/quantizations", headers={"authorization": "Bearer user"}).status_code == 403
         assert without.get("/v1/models", headers=ADMIN).status_code == 200
 

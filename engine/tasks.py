@@ -131,10 +131,15 @@ def _set_threads(num_threads: int | None) -> None:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    # Once: a second signal, from a terminal and from the parent, must not break the cleaning up.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Once: a second signal, from a terminal and from the parent, must not break the cleaning up. Not SIG_IGN:
+    # of a signal that has come by now Python would print that it was "ignored due to race condition".
+    signal.signal(signal.SIGINT, _heard)
+    signal.signal(signal.SIGTERM, _heard)
     raise KeyboardInterrupt
+
+
+def _heard(signum: int, frame: FrameType | None) -> None:
+    """Of the signals after the first."""
 
 
 def run(name: str, source: TextIO, reporter: Reporter) -> int:
@@ -159,7 +164,7 @@ def run(name: str, source: TextIO, reporter: Reporter) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the border of the process: reported, and told to the parent
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        if signal.getsignal(signal.SIGTERM) is _heard:
             return EXIT_INTERRUPTED  # a library made another error of the interrupt
         traceback.print_exc()
         code, message = _described(error)

@@ -141,9 +141,11 @@ def test_what_is_lacking_has_a_code(
     assert said in events[-1]["message"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "numbers", [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM)], ids=str
+)
 def test_a_signal_ends_the_process_and_leaves_nothing(
-    number: signal.Signals, folder: Path, tmp_path: Path, child_environment: dict[str, str]
+    numbers: tuple[signal.Signals, ...], folder: Path, tmp_path: Path, child_environment: dict[str, str]
 ) -> None:
     options = {"model": str(folder), "out": str(tmp_path / "out"), "group_size": 32, "num_samples": 10**6}
     (tmp_path / "text").write_text("the cat and the dog went to the sea <|endoftext|>" * 120_000)
@@ -152,20 +154,24 @@ def test_a_signal_ends_the_process_and_leaves_nothing(
         [*COMMAND, "quantize"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env=child_environment,
     ) as child:
         assert child.stdin is not None
         assert child.stdout is not None
+        assert child.stderr is not None
         child.stdin.write(json.dumps(options))
         child.stdin.close()
         for line in child.stdout:
             if json.loads(line)["event"] == "progress":
                 break
         assert any(path.name.endswith(".partial") for path in tmp_path.iterdir())
-        os.kill(child.pid, number)
+        for number in numbers:
+            os.kill(child.pid, number)
         rest = [json.loads(line)["event"] for line in child.stdout]
         assert child.wait(30) == 130
+        assert "Traceback" not in child.stderr.read()
     assert "result" not in rest
     assert "error" not in rest
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text"]

@@ -51,12 +51,12 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[Engine, Mode
     clock.lap("check")
     loaded = load_model(files, config, progress, target, head_rounder(config))
     clock.lap("weights")
-    if _compile_ahead(loaded, config, target, progress):
-        clock.lap("kernels")
-    tape = _tape_module(loaded, config, progress)
+    _compile_ahead(loaded, config, target, progress, clock)
+    tape = _tape_module(loaded, config, progress, clock)
     specs = loaded.config.kv_specs(kv_cache_dtype(target, compiled=tape is not None))
     kv = plan_kv_cache(specs, config, max_model_len, _free_memory(config, target))
     progress("kv cache", 1, 1, kv.line())
+    clock.lap("kv_cache")
     if tape is None:
         decoder = Decoder(loaded.config, loaded.weights, Ops.resolve(target), target.activation_dtype)
         model: StepModel = EagerModel(decoder, specs, kv.num_blocks, config.block_size)
@@ -66,8 +66,8 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[Engine, Mode
         # What is left to torch is small, and its threads would fight the tape's: spinning between their
         # calls, as OpenMP's do unless told not to, they halved the speed of eight streams.
         torch.set_num_threads(1)
+    clock.lap("kv_cache" if tape is None else "kernels")  # which are compiled or found, tried, recorded
     runner = Runner(model, eos_token_ids, config.seed)
-    clock.lap("kv_cache")
     length = min(config.block_size, max_model_len - 1, config.max_num_batched_tokens)
     _warm_up(runner, len(specs), max(1, length - 1), loaded)
     progress("warm-up", 1, 1, "")
@@ -106,28 +106,32 @@ def _with_kernels(target: Target) -> Target:
     return target
 
 
-def _compile_ahead(loaded: LoadedModel, config: EngineConfig, target: Target, progress: Progress) -> int:
-    """Compile every GPU kernel that a linear may launch, so that no request waits: how many."""
+def _compile_ahead(
+    loaded: LoadedModel, config: EngineConfig, target: Target, progress: Progress, clock: "_Clock"
+) -> None:
+    """Compile every GPU kernel that a linear may launch, so that no request waits."""
     count = warm(packed_linears(loaded), target, config.max_num_batched_tokens, max(1, int(usable_cpus())))
     if count:
         progress("kernels", count, count, f"{count} kernels compiled or found in Triton's cache")
-    return count
+        clock.lap("kernels")
 
 
-def _tape_module(loaded: LoadedModel, config: EngineConfig, progress: Progress) -> Any:
+def _tape_module(loaded: LoadedModel, config: EngineConfig, progress: Progress, clock: "_Clock") -> Any:
     """``tape_model`` (it imports numba) where compiled kernels took all linears, else None; says why."""
     kernels = [layer.kernel for layer in loaded.report.layers]
     reason = tape_refusal(kernels, config.block_size, loaded.config.head_dim)
     if reason is None:
         if torch.get_num_threads() > 1 and not waits_are_counted():
             progress("kv cache", 0, 1, "no schedstat: threads stay on beside foreign busy processes")
-        return import_module(".tape_model", __package__)
+        module = import_module(".tape_model", __package__)
+        clock.lap("kernels")
+        return module
     progress("kv cache", 0, 1, f"steps run op by op, not as a tape: {reason}")
     return None
 
 
 class _Clock:
-    """Seconds per phase, in order."""
+    """Seconds per phase, in order; a phase may come back."""
 
     def __init__(self) -> None:
         self._started = self._last = time.monotonic()
@@ -135,7 +139,7 @@ class _Clock:
 
     def lap(self, phase: str) -> None:
         now = time.monotonic()
-        self.laps[phase] = now - self._last
+        self.laps[phase] = self.laps.get(phase, 0.0) + now - self._last
         self._last = now
 
     @property

@@ -13,6 +13,7 @@ from .models import ModelTable, ServedModel
 logger = logging.getLogger("nybble")
 REPORT_SECONDS = 10.0
 _COUNTERS = frozenset({*ENGINE_TOTALS, "engine_restarts"})
+_STARTUP_HELP = "Seconds of each phase of the start; total is their sum, from the command to the first answer"
 
 Sample = tuple[str, str, dict[str, str], float]  # name, help, labels, value
 
@@ -30,8 +31,9 @@ class EngineCollector(Collector):
     """Gauges and totals of the engines behind all names."""
 
     def __init__(self, models: ModelTable, gateway_seconds: dict[str, float]) -> None:
-        """``gateway_seconds``: the gateway's own start-up phases; may still grow."""
+        """``gateway_seconds``: the gateway's own start-up phases, with the first model; may still grow."""
         self._models = models
+        self._first = models.all()[0].client
         self._gateway_seconds = gateway_seconds
 
     def describe(self) -> Iterable[Metric]:
@@ -60,9 +62,11 @@ class EngineCollector(Collector):
             yield total, ENGINE_TOTALS[total], name, value
         yield "engine_restarts", "Times the engine was started again", name, client.restarts
         info = client.info
-        phases = {**self._gateway_seconds, **(info.startup_seconds if info else {})}
+        phases = {} if info is None else info.startup_seconds
+        if client is self._first:
+            phases = {**self._gateway_seconds, **phases}
         for phase, seconds in phases.items():
-            yield "startup_seconds", "Seconds of each phase of the start", {**name, "phase": phase}, seconds
+            yield "startup_seconds", _STARTUP_HELP, {**name, "phase": phase}, seconds
         # As gauges of 1, which is what vLLM's own *_info series are.
         if info is not None:
             loaded = {

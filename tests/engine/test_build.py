@@ -41,7 +41,9 @@ def test_an_engine_that_answers_and_knows_what_it_is(tmp_path: Path) -> None:
     assert (info.max_model_len, info.eos_token_ids, info.num_threads) == (128, [2, 3], 1)
     assert info.num_kv_blocks == 2 * 128 // 16
     assert info.kv_bytes == info.num_kv_blocks * 16 * (2 * 2 * 32 * 4)
-    assert set(info.startup_seconds) == {"check", "weights", "kv_cache", "warm_up"}
+    phases = ["check", "weights", "kernels", "kv_cache", "warm_up"]  # kernels: where they are compiled
+    assert [phase for phase in phases if phase in info.startup_seconds] == [*info.startup_seconds]
+    assert len(info.startup_seconds) >= 4
     assert sum(info.startup_seconds.values()) == pytest.approx(info.load_seconds)
     assert list(dict.fromkeys(call[0] for call in calls)) == ["weights", "kv cache", "warm-up"]
     assert torch.get_num_threads() == 1

@@ -136,6 +136,9 @@ def test_it_is_a_tape_that_runs(tmp_path: Path) -> None:
     engine, info = build_engine(config, lambda phase, done, total, line: lines.append(line))
     assert isinstance(engine._executor._model, TapeModel)  # type: ignore[attr-defined]
     assert info.kernel == "cpu-dense"
+    # Of the two only that of compiled kernels takes its time.
+    assert list(info.startup_seconds) == ["check", "weights", "kernels", "kv_cache", "warm_up"]
+    assert info.startup_seconds["kv_cache"] < info.startup_seconds["kernels"]
     eager, info = build_engine(
         EngineConfig(str(tmp_path), "cpu", block_size=8), lambda *call: lines.append(call[3])
     )

@@ -115,9 +115,15 @@ class Stream:
 def test_start_greets_with_a_line_to_copy(folder: Path, environment: dict[str, str]) -> None:
     with process(folder, environment, "--served-model-name", "it's") as server:
         assert server.status("/ready") == 200
+        until(lambda: 'phase="total"' in server.http.get("/metrics").text, 5)
+        samples = server.http.get("/metrics").text
         server.popen.terminate()
         assert server.ended() == 0
         output = server.popen.stdout.read()
+    phases = dict(re.findall(r'nybble_startup_seconds\{.*phase="(\w+)"\} (\S+)', samples))
+    total = float(phases.pop("total"))
+    assert sum(map(float, phases.values())) == pytest.approx(total)
+    assert float(phases["engine_process"]) > 0
     assert re.match(r"it's is ready at http://127\.0\.0\.1:\d+ after \d+\.\d s", output)
     words = shlex.split(output.splitlines()[1])
     assert words[0] == "curl"

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,15 @@ def test_what_is_served_and_how_it_started(fresh: GatewayServer) -> None:
     assert value(samples, "nybble_startup_seconds", phase="gateway") == 0.1
     assert value(samples, "nybble_engine_up") == 1
     assert value(samples, "nybble_engine_restarts_total") == 0
+
+
+def test_a_model_that_was_loaded_later_has_its_own_start_only(fresh: GatewayServer) -> None:
+    models = fresh.gateway.models
+    fresh.call(lambda: models.put(replace(models.get("tiny"), name="later", client=FakeClient())))
+    samples = scrape(fresh)
+    found = [dict(labels) for name, labels in samples if name == "nybble_startup_seconds"]
+    started = {(labels["model_name"], labels["phase"]) for labels in found}
+    assert started == {("tiny", "gateway"), ("tiny", "weights"), ("later", "weights")}
 
 
 def test_vllms_names_show_the_same_numbers(fresh: GatewayServer) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -261,10 +262,15 @@ def run_task(name: str, options: Json) -> Json:
     """
     environment = child_environment(options.get("num_threads"))
     with (
-        subprocess.Popen(
-            task_command(name), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        ) as child,
         shown_progress() as show,
+        subprocess.Popen(
+            task_command(name),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            preexec_fn=_deaf,
+        ) as child,
         _ended(child, show),
     ):
         last: Json = {}
@@ -282,6 +288,11 @@ def run_task(name: str, options: Json) -> Json:
     else:
         typer.echo(f"nybble: {name} ended without a word (exit code {code})", err=True)
     raise typer.Exit(GIVE_UP)
+
+
+def _deaf() -> None:
+    """In the child, until its task begins: a terminal's interrupt would end its imports with a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _talk(child: "subprocess.Popen[str]", options: Json) -> Iterator[str]:

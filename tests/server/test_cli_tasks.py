@@ -236,6 +236,39 @@ def test_how_a_task_can_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         cli_tasks.run_task("check", {})
 
 
+def test_an_interrupt_while_the_child_starts_is_no_traceback(folder: Path, tmp_path: Path) -> None:
+    """As a terminal sends it: to both."""
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "nybble.server.cli",
+        "quantize",
+        str(folder),
+        str(tmp_path / "out"),
+    ]
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=listening, start_new_session=True
+    ) as parent:
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+
+        def starts() -> bool:
+            ours = [Path("/proc", pid, "cmdline").read_bytes() for pid in children.read_text().split()]
+            return any(b"nybble.engine.tasks" in line for line in ours)
+
+        until(starts, 60)
+        lines = Path("/proc", children.read_text().strip(), "status").read_text().splitlines()
+        status = dict(line.split(":", 1) for line in lines)
+        assert int(status["SigIgn"], 16) >> (signal.SIGINT - 1) & 1, "its imports would end with a traceback"
+        os.killpg(parent.pid, signal.SIGINT)
+        _, said = parent.communicate(timeout=60)
+    assert (parent.returncode, said) == (
+        130,
+        "nybble: interrupted; nothing is kept (--resume keeps finished blocks)\n",
+    )
+
+
 def test_an_interrupt_ends_the_child(folder: Path, tmp_path: Path, child_environment: dict[str, str]) -> None:
     """SIGINT to the command alone, as from a supervisor: the child cleans up, nothing is left."""
     text = tmp_path / "text"

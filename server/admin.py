@@ -37,7 +37,8 @@ class Admin:
         self._quantizations = quantizations
 
     def leave(self) -> None:
-        """The server is about to end: streams of events end too."""
+        """The server is about to end: streams of events end, and the load of a model that runs."""
+        self._switch.leave()
         if self._quantizations is not None:
             self._quantizations.jobs.leave()
 

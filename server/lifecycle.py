@@ -151,11 +151,11 @@ class Lifecycle:
             if not self._fleet.gave_up.is_set():
                 await self._drain()
             self._gateway.phase = Phase.CLOSED
+            self._admin.leave()
             await self._fleet.stop()  # what still runs ends with an error event
         finally:
             for task in (*helpers, *waits):
                 task.cancel()
-            self._admin.leave()
             self._server.should_exit = True
             await serving
         return self._exit_code()

@@ -24,6 +24,8 @@ class Switch:
         self._settings = settings
         self._fleet = fleet
         self._busy = asyncio.Lock()
+        self._loading: asyncio.Task[ServedModel] | None = None
+        self._leaving = False
 
     async def load(self, folder: Path, alias: str, strategy: Strategy) -> dict[str, Any]:
         """Serve the model in ``folder`` as ``alias``; returns once it does.
@@ -43,8 +45,9 @@ class Switch:
                 logger.info("%s is served already", what)
                 return {**before.card(), "load_seconds": 0.0}
             logger.info("loading %s", what)
+            self._loading = asyncio.create_task(self._load(settings, folder, alias, before, strategy))
             try:
-                model = await self._load(settings, folder, alias, before, strategy)
+                model = await self._interruptible(self._loading)
             except NybbleError as error:
                 logger.warning("%s could not be loaded: %s", what, error.message)
                 raise
@@ -52,6 +55,20 @@ class Switch:
             instead = "" if before is None else f", in place of {before.root}"
             logger.info("loaded %s in %.1f s%s", what, seconds, instead)
             return {**model.card(), "load_seconds": round(seconds, 3)}
+
+    def leave(self) -> None:
+        """The server is about to end: whoever waits for a model is told."""
+        self._leaving = True
+        if self._loading is not None:
+            self._loading.cancel()
+
+    async def _interruptible(self, loading: asyncio.Task[ServedModel]) -> ServedModel:
+        try:
+            return await loading
+        except asyncio.CancelledError:
+            if not self._leaving:
+                raise
+            raise EngineError("the server is shutting down; load it when it has started again") from None
 
     async def _load(
         self, settings: Settings, folder: Path, alias: str, before: ServedModel | None, strategy: Strategy

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -181,6 +182,30 @@ def test_who_watches_a_job_is_told_that_the_server_leaves(
     assert "ERROR" not in log
     assert "(x): interrupted; the next start goes on with it" in log
     assert log.splitlines()[-1].endswith("INFO stopped")
+
+
+def test_who_waits_for_a_model_is_told_that_the_server_leaves(
+    folder: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "other")
+    answers: list[httpx.Response] = []
+
+    def load(server: Process) -> None:
+        body, key = {"model": "other", "alias": "x"}, {"authorization": "Bearer adm"}
+        answers.append(httpx.post(f"{server.url}/v1/models/load", json=body, headers=key, timeout=60))
+
+    with process(folder, environment, "--models-dir", str(tmp_path), "--admin-key", "adm") as server:
+        loading = threading.Thread(target=load, args=(server,))
+        loading.start()
+        until(lambda: len(server.engine_pids()) == 2, 30)  # the second will import torch for seconds
+        server.popen.send_signal(signal.SIGINT)
+        loading.join(30)
+        assert server.ended(30) == 0
+        log = server.popen.stderr.read()
+    assert answers[0].status_code == 503
+    assert "the server is shutting down" in answers[0].json()["error"]["message"]
+    assert "Traceback" not in log
+    assert "WARNING other as 'x' could not be loaded: the server is shutting down" in log
 
 
 def test_what_does_not_finish_in_time_ends_with_an_error_event(

@@ -116,9 +116,11 @@ def _check(given: Check) -> None:
 def _bytes(option: str, value: str | None) -> int | None:
     if value is None:
         return None
-    size = parse_size(value)
-    if not isinstance(size, int):
-        raise ConfigError(f"{option} {value}: give bytes, or a size such as 512MiB or 2GB")
+    try:
+        size = parse_size(value)
+    except ValueError as error:
+        raise ConfigError(f"{option} {value!r}: {error}") from error
+    assert isinstance(size, int)
     return size
 
 

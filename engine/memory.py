@@ -55,8 +55,8 @@ def plan_kv_cache(
         limit = "--kv-cache-memory"
         if budget > free_bytes:
             raise ConfigError(
-                f"--kv-cache-memory {gib(budget)} is more than the {gib(free_bytes)} free after the weights; "
-                "lower it"
+                f"--kv-cache-memory {gib(budget)} is more than the {gib(free_bytes)} ({free_bytes} bytes) "
+                "free after the weights; lower it"
             )
     if num_blocks < per_request:
         largest = num_blocks * config.block_size

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -266,3 +267,10 @@ _SAMPLING: dict[str, tuple[str, float, float, bool]] = {
     "repetition_penalty": ("repetition_penalty", 1e-9, 1e9, False),
     "max_new_tokens": ("max_tokens", 1, 1 << 31, True),
 }
+
+
+def compared(gate: Mapping[str, Any]) -> str:
+    """As "+0.5886 > 0.1": the rise in a gate's verdict beside its limit, with digits enough to be true."""
+    rise, limit = gate["nll_increase"], gate["max_nll_increase"]
+    digits = next((d for d in range(4, 17) if (round(rise, d) > limit) == (rise > limit)), 17)
+    return f"{rise:+.{digits}f} {'<=' if gate['passed'] else '>'} {limit!r}"

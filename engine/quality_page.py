@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from .model_files import compared
+
 COLOURS = ("#0b6e4f", "#c1440e", "#2b4c7e", "#8a5a00", "#6b2d75", "#008b8b", "#a0153e")
 DASHES = ("none", "7 3", "2 3", "10 3 2 3", "5 5", "12 4", "2 6")  # for who cannot tell the colours apart
 _WIDTH, _HEIGHT, _LEFT, _TOP, _PLOT_W, _PLOT_H = 460, 250, 62, 14, 310, 190
@@ -56,9 +58,8 @@ def page(report: Mapping[str, Any]) -> str:
 def _gate(gate: Mapping[str, Any] | None) -> str:
     if gate is None:
         return ""
-    kind, said, sign = ("passed", "Passed", "≤") if gate["passed"] else ("failed", "Did not pass", ">")
-    rise, limit = f"{gate['nll_increase']:+.4f}", f"{gate['max_nll_increase']:+.4f}"
-    return f'<p class="{kind}">{said} its gate: change in NLL {rise} {escape(sign)} {limit}</p>'
+    kind, said = ("passed", "Passed") if gate["passed"] else ("failed", "Did not pass")
+    return f'<p class="{kind}">{said} its gate: change in NLL {escape(compared(gate))}</p>'
 
 
 def _about(report: Mapping[str, Any]) -> list[str]:

@@ -62,7 +62,8 @@ class Spread:
     What neighbouring tokens cost is alike, so that windows are the sample, not tokens (single tokens gave
     less than half of it on the demo's text). With d_w the sum over a window's n_w tokens, of W windows and N
     tokens: sqrt(W / (W - 1) * sum (d_w - mean * n_w)^2) / N, the linearized one of a ratio of two sums
-    (Cochran, Sampling Techniques, 1977, chapter 6).
+    (Cochran, Sampling Techniques, 1977, chapter 6). Windows are taken as independent; those of one long
+    document are not quite, so that there it is somewhat too small.
     """
 
     num_windows: int = 0

@@ -5,7 +5,7 @@ import json
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from threading import Timer
 from typing import Annotated, Any, get_type_hints
@@ -18,7 +18,7 @@ from ..engine.errors import ConfigError
 from .cli_progress import Show, shown_progress
 from .cli_quantize import Model, Quantize, Revision, Threads
 from .cli_tune import Tune, describe
-from .settings import parse_size
+from .settings import bytes_of
 from .task_process import STOP_SECONDS, task_command
 
 WORST_MODULES = 12  # rows of the table of errors
@@ -117,11 +117,9 @@ def _bytes(option: str, value: str | None) -> int | None:
     if value is None:
         return None
     try:
-        size = parse_size(value)
+        return bytes_of(value)
     except ValueError as error:
         raise ConfigError(f"{option} {value!r}: {error}") from error
-    assert isinstance(size, int)
-    return size
 
 
 def _quantize(given: Quantize) -> None:
@@ -321,7 +319,8 @@ def _ended(child: "subprocess.Popen[str]", show: Show) -> Iterator[None]:
         try:
             for line in child.stdout or ():  # a full pipe would keep it from ending
                 if isinstance(error, KeyboardInterrupt):
-                    show(json.loads(line))
+                    with suppress(ValueError):  # the interrupt, or the kill, may have cut the line
+                        show(json.loads(line))
             child.wait()
         finally:
             by_force.cancel()

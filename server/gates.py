@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..engine.model_files import PROVENANCE, ModelFiles
+from ..engine.model_files import PROVENANCE, ModelFiles, compared
 from .job_store import JobRecord
 
 Json = dict[str, Any]
@@ -21,7 +21,7 @@ def refused_by_gate(folder: Path, jobs: Sequence[JobRecord]) -> str | None:
     if gate is None or (isinstance(gate, dict) and gate.get("passed") is True):
         return None
     try:
-        told = f"NLL rose by {gate['nll_increase']:.4f}, allowed are {gate['max_nll_increase']:g}"
+        told = f"NLL {compared(gate)}"
     except (TypeError, KeyError, ValueError):
         told = f"its config.json says {str(gate)[:100]}"
     return f"did not pass its gate: {told}; quantize the original again, with more bits or a larger gate"

@@ -14,6 +14,7 @@ from typing import Any
 from uuid import uuid4
 
 from ..engine.errors import ConflictError, EngineError, NotFoundError
+from ..engine.model_files import compared
 from ..engine.quantize.options import resumable
 from .job_store import JobRecord, JobStore, Status
 from .job_texts import JobTexts
@@ -317,10 +318,8 @@ def _ending(job: JobRecord) -> str:
         return f"{job.status}: {shown_message(job.error['message'], job.request)}"
     if (gate := _gate(job)) is None:
         return job.status
-    rise, allowed = f"NLL {gate['nll_increase']:+.4g}", f"{gate['max_nll_increase']:g}"
-    if gate["passed"]:
-        return f"{job.status} and passed its gate: {rise} <= {allowed}"
-    return f"{job.status}, but did not pass its gate: {rise} > {allowed}"
+    said = " and passed" if gate["passed"] else ", but did not pass"
+    return f"{job.status}{said} its gate: NLL {compared(gate)}"
 
 
 def _blocks(job: JobRecord) -> Path:

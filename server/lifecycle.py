@@ -154,6 +154,7 @@ class Lifecycle:
             self._admin.leave()
             await self._fleet.stop()  # what still runs ends with an error event
         finally:
+            self._admin.leave()
             for task in (*helpers, *waits):
                 task.cancel()
             self._server.should_exit = True

@@ -124,8 +124,15 @@ def root_of(settings: Settings, folder: Path) -> str:
 
 def state_of(folder: Path) -> FilesState:
     """Names, sizes and times of the files in ``folder``: another state, perhaps another model."""
-    found = ((path.name, path.stat()) for path in folder.iterdir())
-    return frozenset((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)
+    return frozenset((path.name, *_size_and_time(path)) for path in folder.iterdir())
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except FileNotFoundError:  # a link to nowhere (editors lock files so), or removed meanwhile
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
 
 
 def _given_name(settings: Settings) -> str:

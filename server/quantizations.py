@@ -160,7 +160,7 @@ class Quantizations:
         """Names to choose from, for an error."""
         folders = (path.name for path in self._models_dir.iterdir() if _is_file(path / "config.json"))
         served = [model.name for model in self._fleet.models.all()]
-        names = [*served, *sorted(name for name in folders if not name.startswith("."))]
+        names = list(dict.fromkeys([*served, *sorted(name for name in folders if not name.startswith("."))]))
         more = f" and {len(names) - _MAX_KNOWN} more" if len(names) > _MAX_KNOWN else ""
         return ", ".join(f"'{name}'" for name in names[:_MAX_KNOWN]) + more
 
@@ -284,17 +284,20 @@ async def events(jobs: Jobs, job: JobRecord) -> AsyncIterator[bytes]:
     Where the server leaves before the job has ended, an error is the last one.
     """
     watched, sent = jobs.watch(job), b""
+    now = asyncio.get_running_loop().time
+    due = now() + _KEEPALIVE_SECONDS  # by when something must be sent
     while True:
         item = asyncio.ensure_future(anext(watched, None))
         try:
-            while not (await asyncio.wait({item}, timeout=_KEEPALIVE_SECONDS))[0]:
+            while not (await asyncio.wait({item}, timeout=max(0.0, due - now())))[0]:
                 yield b": keep-alive\n\n"
+                due = now() + _KEEPALIVE_SECONDS
         finally:
             item.cancel()
         content, ended = to_json(shown(job)), job.ended
         if ended or content != sent:  # a change may be another job's
             yield _event(b"end" if ended else b"progress", content)
-            sent = content
+            sent, due = content, now() + _KEEPALIVE_SECONDS
         if ended:
             return
         if jobs.leaving:

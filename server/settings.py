@@ -25,17 +25,15 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", re.IGNORECASE)
 _POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 
-def parse_size(value: object) -> object:
-    """Bytes of "2GiB", "512MB", "1.5G" (G is GiB, GB is 10**9) or a plain number; no text: as it is."""
-    if not isinstance(value, str):
-        return value
-    match = _SIZE.fullmatch(value.strip())
+def bytes_of(size: str) -> int:
+    """Of "2GiB", "512MB", "1.5G" (G is GiB, GB is 10**9) or a plain number. Errors: ValueError."""
+    match = _SIZE.fullmatch(size.strip())
     if match is None:
         raise ValueError("should be a size in bytes, as 2GiB, 512MB or 1000000")
     number, unit, binary = match.groups()
     if unit is None:
         return int(float(number))
-    decimal = not binary and value.strip()[-1] in "bB"
+    decimal = not binary and size.strip()[-1] in "bB"
     return int(float(number) * (1000 if decimal else 1024) ** _POWERS[unit.upper()])
 
 
@@ -49,7 +47,7 @@ def _check_key(key: SecretStr) -> None:
         raise ValueError("a key must not be empty or hold blanks")
 
 
-Size = Annotated[int, BeforeValidator(parse_size)]
+Size = Annotated[int, BeforeValidator(lambda value: bytes_of(value) if isinstance(value, str) else value)]
 Seconds = Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)]
 
 

@@ -16,6 +16,8 @@ logger = logging.getLogger("nybble")
 
 Strategy = Literal["both", "replace"]
 
+_LEAVES = "the server is shutting down; load it when it has started again"
+
 
 class Switch:
     """One change at a time; a second one meanwhile is a ConflictError."""
@@ -37,6 +39,8 @@ class Switch:
         """
         self._refuse_second()
         async with self._busy:
+            if self._leaving:
+                raise EngineError(_LEAVES)
             started = time.monotonic()
             settings = self._settings_for(folder)
             what = f"{root_of(settings, folder)} as {alias!r}"
@@ -68,7 +72,7 @@ class Switch:
         except asyncio.CancelledError:
             if not self._leaving:
                 raise
-            raise EngineError("the server is shutting down; load it when it has started again") from None
+            raise EngineError(_LEAVES) from None
 
     async def _load(
         self, settings: Settings, folder: Path, alias: str, before: ServedModel | None, strategy: Strategy

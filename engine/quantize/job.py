@@ -86,10 +86,11 @@ def quantize(
     """
     started = time.monotonic()
     method = get_method(options)
-    folder, out = resolve_model(options.model, options.revision), Path(options.out).expanduser().absolute()
+    out = Path(options.out).expanduser().absolute()
+    refuse_existing(out, options.overwrite)
+    folder = resolve_model(options.model, options.revision)  # perhaps a download
     if folder == out.resolve() or folder in out.resolve().parents or out.resolve() in folder.parents:
         raise ConfigError(f"OUT {out}: must be neither MODEL, nor inside it, nor around it; choose another")
-    refuse_existing(out, options.overwrite)
     with Source(folder) as source:
         specs, dense = choose_modules(source, options)
         head = head_spec(source, options)

@@ -142,8 +142,9 @@ def test_what_made_it(options: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("rise", "said"),
     [
-        (0.5886, "Did not pass its gate: change in NLL +0.5886 > +0.0500"),
-        (0.01, "Passed its gate: change in NLL +0.0100 ≤ +0.0500"),
+        (0.5886, "Did not pass its gate: change in NLL +0.5886 > 0.05"),
+        (0.05003, "Did not pass its gate: change in NLL +0.05003 > 0.05"),
+        (0.01, "Passed its gate: change in NLL +0.0100 <= 0.05"),
     ],
 )
 def test_the_gate(rise: float, said: str) -> None:

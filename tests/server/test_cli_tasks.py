@@ -236,6 +236,16 @@ def test_how_a_task_can_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         cli_tasks.run_task("check", {})
 
 
+def test_a_line_that_an_interrupt_cut_does_not_hide_it() -> None:
+    lines = """print('{"event": "log"}'); print('{"event": "l', end="")"""
+    seen: list[Any] = []
+    with subprocess.Popen([sys.executable, "-c", lines], stdout=subprocess.PIPE, text=True) as child:
+        child.wait()
+        with pytest.raises(KeyboardInterrupt), cli_tasks._ended(child, seen.append):
+            raise KeyboardInterrupt
+    assert seen == [{"event": "log"}]
+
+
 def test_an_interrupt_while_the_child_starts_is_no_traceback(folder: Path, tmp_path: Path) -> None:
     """As a terminal sends it: to both."""
     command = [

@@ -134,7 +134,7 @@ async def test_stopped_while_a_process_is_being_started(
         ),
         (
             {"gate": {"max_nll_increase": 0.05, "nll_increase": -0.01, "passed": True}},
-            "succeeded and passed its gate: NLL -0.01 <= 0.05",
+            "succeeded and passed its gate: NLL -0.0100 <= 0.05",
         ),
     ],
 )
@@ -186,6 +186,28 @@ async def test_events_are_sent_where_something_changed(played: Played) -> None:
         task.ends.put_nowait(RESULT)
         await following
     assert states == ["queued", "running", "succeeded"]
+
+
+async def test_who_watches_hears_something_whatever_other_jobs_do(
+    played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proxies cut a stream that is silent for long."""
+    monkeypatch.setattr("nybble.server.quantizations._KEEPALIVE_SECONDS", 0.2)
+    await played.submit("x")
+    second = await played.submit("y")
+    task = await played.started(1)
+
+    async def report() -> None:
+        for done in range(10**6):
+            task.ends.put_nowait({"event": "progress", "phase": "blocks", "done": done, "total": 9})
+            await asyncio.sleep(0.02)
+
+    reporting, stream = asyncio.create_task(report()), events(played.jobs, second)
+    async with asyncio.timeout(10):
+        assert (await anext(stream)).startswith(b"event: progress")
+        assert await anext(stream) == b": keep-alive\n\n"
+    reporting.cancel()
+    await stream.aclose()  # type: ignore[attr-defined]
 
 
 async def test_events_end_with_an_error_where_the_server_leaves(played: Played) -> None:

@@ -268,7 +268,8 @@ def run(wanted: list[Cell], minutes: float | None) -> None:
                 bars.update(bar, description=f"{name} {phase}")
 
             told("")
-            save(cell.path, compute(cell, files, told))
+            if not cell.path.exists():  # another process may have made it meanwhile
+                save(cell.path, compute(cell, files, told))
             bars.advance(bar)
     left = sum(not cell.path.exists() for cell in wanted)
     print(f"{len(wanted) - left} of {len(wanted)} cells are there, {left} to go")

@@ -12,7 +12,7 @@ import httpx
 from live_server import DEMO, LiveServer, serve
 
 NUM_STREAMS = 16
-# Not the goal, which is 5 (3.7 s on a quiet Zen 5, 4.96 on a quiet Zen 4): cores that others use take several times that.
+# Not the goal, which is 5 (3.7 s on a quiet Zen 5, 4.96 on a quiet Zen 4): busy cores take far more.
 BACK_WITHIN_SECONDS = 60.0
 
 

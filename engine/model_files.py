@@ -269,6 +269,15 @@ _SAMPLING: dict[str, tuple[str, float, float, bool]] = {
 }
 
 
+def original_files(folder: Path) -> ModelFiles:
+    """Those of a model that may be quantized. ConfigError where it is already; CheckpointError."""
+    files = ModelFiles(folder)
+    if files.quantize_config is not None:
+        method = files.quantize_config.get("quant_method", "gptq")
+        raise ConfigError(f"MODEL {folder}: is quantized already ({method}); give the original")
+    return files
+
+
 def compared(gate: Mapping[str, Any]) -> str:
     """As "+0.5886 > 0.1": the rise in a gate's verdict beside its limit, with digits enough to be true."""
     rise, limit = gate["nll_increase"], gate["max_nll_increase"]

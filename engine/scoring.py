@@ -123,16 +123,16 @@ class Score:
     def add(self, logprobs: Tensor, targets: Tensor, ends: Tensor, original: Tensor | None) -> None:
         """Count predictions: logprobs [T, vocab], original: [T, vocab]; ends: see ``scored_rows``."""
         self.num_tokens += len(targets)
-        self.nll += _nll(logprobs, targets)
+        nll = _nll(logprobs, targets)
+        self.nll += float(nll.sum())
         if original is not None:
-            self.original_nll += _nll(original, targets)
+            original_nll = _nll(original, targets).to(nll.device)
+            self.original_nll += float(original_nll.sum())
             reference = original.to(logprobs.device)
             divergence = torch.nn.functional.kl_div(logprobs, reference, reduction="none", log_target=True)
             self.kl += float(divergence.sum(dtype=torch.float64))
             self.agreed += int((logprobs.argmax(-1) == reference.argmax(-1)).sum())
-            chosen = targets[:, None].to(logprobs.device)
-            rise = reference.gather(1, chosen).double() - logprobs.gather(1, chosen).double()
-            self.rise.add(rise.flatten(), ends)
+            self.rise.add(nll - original_nll, ends)
 
     def refuse_not_finite(self, remedy: str = "use more bits, or another method") -> None:
         """ConfigError where a model's predictions are not numbers: the mean of such says nothing."""
@@ -165,8 +165,9 @@ def perplexity(nll: float) -> float:
     return math.exp(nll) if nll < 700 else math.inf
 
 
-def _nll(logprobs: Tensor, targets: Tensor) -> float:
-    return -float(logprobs.gather(1, targets[:, None].to(logprobs.device)).sum(dtype=torch.float64))
+def _nll(logprobs: Tensor, targets: Tensor) -> Tensor:
+    """[T] fp64: of each target."""
+    return -logprobs.gather(1, targets[:, None].to(logprobs.device)).flatten().double()
 
 
 def cut_windows(token_ids: list[int], max_len: int) -> list[Window]:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from .pace import Pace
+
 PLAIN_SECONDS = 10.0  # between two lines of one phase, beside its first and last
 
 Show = Callable[[dict[str, Any]], None]
@@ -48,8 +50,8 @@ class Plain:
     """Lines of text: where a phase begins and ends, and every PLAIN_SECONDS at the most."""
 
     def __init__(self) -> None:
+        self._pace = Pace()
         self._phase = ""
-        self._began = (0.0, 0)
         self._told = (0.0, -1)
 
     def show(self, event: dict[str, Any]) -> None:
@@ -57,26 +59,25 @@ class Plain:
         if event["event"] == "log":
             _say(event["line"])
         elif event["event"] == "progress":
-            now, done = time.monotonic(), event["done"]
+            now, done, left = time.monotonic(), event["done"], self._pace.seconds_left(event)
             begins = event["phase"] != self._phase
             if begins:
-                self._phase, self._began, self._told = event["phase"], (now, done), (now, -1)
+                self._phase, self._told = event["phase"], (now, -1)
             told, said = self._told
             if done != said and (begins or done >= event["total"] or now - told >= PLAIN_SECONDS):
                 self._told = (now, done)
-                _say(self._line(event, now))
+                _say(_line(event, left))
 
-    def _line(self, event: dict[str, Any], now: float) -> str:
-        done, total = event["done"], event["total"]
-        parts = [f"{event['phase']}: {done} of {total}"]
-        if "layer" in event:
-            parts.append(f"layer {event['layer']}")
-        if "loss" in event:
-            parts.append(f"loss {event['loss']:.4g}")
-        began, first = self._began
-        if first < done < total:
-            parts.append(f"about {_duration((now - began) / (done - first) * (total - done))} left")
-        return ", ".join(parts)
+
+def _line(event: dict[str, Any], left: float | None) -> str:
+    parts = [f"{event['phase']}: {event['done']} of {event['total']}"]
+    if "layer" in event:
+        parts.append(f"layer {event['layer']}")
+    if "loss" in event:
+        parts.append(f"loss {event['loss']:.4g}")
+    if left is not None and event["done"] < event["total"]:
+        parts.append(f"about {_duration(left)} left")
+    return ", ".join(parts)
 
 
 def _say(line: str) -> None:

@@ -14,7 +14,7 @@ logger = logging.getLogger("nybble")
 REPORT_SECONDS = 10.0
 _COUNTERS = frozenset({*ENGINE_TOTALS, "engine_restarts"})
 _STARTUP_HELP = (
-    "Seconds of each phase of the start, from the import of the server on; total is the sum at the first"
+    "Seconds of each phase of the start; total is their sum at the first one, without the server's imports"
 )
 
 Sample = tuple[str, str, dict[str, str], float]  # name, help, labels, value

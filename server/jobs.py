@@ -19,6 +19,7 @@ from ..engine.quantize.options import resumable
 from .job_store import JobRecord, JobStore, Status
 from .job_texts import JobTexts
 from .job_words import shown_message
+from .pace import Pace
 from .task_process import Json, TaskProcess, task_process
 
 logger = logging.getLogger("nybble")
@@ -278,7 +279,7 @@ class Jobs:
         saved = time.monotonic()
         async for last in task:
             if last["event"] == "progress":
-                job.progress |= pace.progress(last)
+                job.progress |= _progress(last, pace)
                 self._notify()
             elif last["event"] == "log":
                 logger.info("job %s: %s", job.id, shown_message(last["line"], job.request))
@@ -288,22 +289,12 @@ class Jobs:
         return last
 
 
-class Pace:
-    """How fast a phase goes."""
-
-    def __init__(self) -> None:
-        self._phase = ""
-        self._began = (0.0, 0)
-
-    def progress(self, event: Json) -> Json:
-        """A task's event as the API's progress; seconds to the end of the phase, None while unknown."""
-        now, done, total = time.monotonic(), event["done"], event["total"]
-        if event["phase"] != self._phase:
-            self._phase, self._began = event["phase"], (now, done)
-        began, first = self._began
-        eta = round((now - began) / (done - first) * (total - done), 1) if done > first else None
-        shown = {"phase": event["phase"], "done": done, "total": total, "eta_seconds": eta}
-        return shown | {name: event[name] for name in ("layer", "loss") if name in event}
+def _progress(event: Json, pace: Pace) -> Json:
+    """A task's event as the API's progress; seconds to the end of the phase, None while unknown."""
+    left = pace.seconds_left(event)
+    shown = {name: event[name] for name in ("phase", "done", "total")}
+    shown["eta_seconds"] = None if left is None else round(left, 1)
+    return shown | {name: event[name] for name in ("layer", "loss") if name in event}
 
 
 def _gate(job: JobRecord) -> Json | None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, create_mo
 from pydantic_core import to_json
 
 from ..engine.errors import ConfigError, ConflictError, EngineError, NotFoundError, RequestError
-from ..engine.model_files import ModelFiles
+from ..engine.model_files import ModelFiles, original_files
 from ..engine.quantize.options import QuantizeOptions
 from .cli_quantize import Quantize
 from .errors import BRANCH, error_body
@@ -206,18 +206,11 @@ def _request(body: Any, options: Json) -> Json:
 
 
 def _original(model: Path, name: str) -> ModelFiles:
-    """The files of a model that may be quantized. RequestError, in the job's words, where it is already."""
-    files = ModelFiles(model)
+    """The files of a model that may be quantized. RequestError, in the API's words, where it is already."""
     try:
-        quantized = files.quantize_config
+        return original_files(model)
     except ConfigError as error:  # which names its folder
-        raise RequestError(error.message.replace(str(model), name), param="model") from error
-    if quantized is not None:
-        method = quantized.get("quant_method", "gptq")
-        raise RequestError(
-            f"'model' {name}: is quantized already ({method}); give the original", param="model"
-        )
-    return files
+        raise RequestError(in_api_words(error.message.replace(str(model), name)), param="model") from error
 
 
 def _refuse_options(options: Json) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...kernels.dispatch import Ops, Target
 from ...kernels.layout import PackedWeight
-from ..errors import CheckpointError, ConfigError, LayerError
+from ..errors import CheckpointError, LayerError
 from ..formats.dense import DenseFormat
 from ..model.config import ModelConfig
 from ..model.decoder import Attend, DecoderLayer, Rotary
@@ -27,7 +27,7 @@ from ..model.plan import (
     open_model,
     weight_plan,
 )
-from ..model_files import ModelFiles
+from ..model_files import original_files
 from .results import QuantizedBlock, Rescale
 
 TARGET = Target("cpu", torch.float32)
@@ -37,10 +37,7 @@ class Source:
     """A dense model's folder, opened. Errors: CheckpointError, UnsupportedModelError, ConfigError."""
 
     def __init__(self, folder: Path) -> None:
-        self.model = ModelFiles(folder)
-        if self.model.quantize_config is not None:
-            method = self.model.quantize_config.get("quant_method", "gptq")
-            raise ConfigError(f"MODEL {folder}: is quantized already ({method}); give the original")
+        self.model = original_files(folder)
         self.config = ModelConfig.from_dict(self.model.config)
         self.files = open_model(self.model, DenseFormat(), weight_plan(self.config))
 

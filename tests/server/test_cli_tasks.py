@@ -246,17 +246,18 @@ def test_a_line_that_an_interrupt_cut_does_not_hide_it() -> None:
     assert seen == [{"event": "log"}]
 
 
-def test_an_interrupt_while_the_child_starts_is_no_traceback(folder: Path, tmp_path: Path) -> None:
-    """As a terminal sends it: to both."""
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "nybble.server.cli",
-        "quantize",
+def quantize_command(folder: Path, tmp_path: Path) -> list[str]:
+    """``nybble quantize`` in a process of its own."""
+    return [
+        *(sys.executable, "-P", "-m", "nybble.server.cli", "quantize"),
         str(folder),
         str(tmp_path / "out"),
     ]
+
+
+def test_an_interrupt_while_the_child_starts_is_no_traceback(folder: Path, tmp_path: Path) -> None:
+    """As a terminal sends it: to both."""
+    command = quantize_command(folder, tmp_path)
     listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, preexec_fn=listening, start_new_session=True
@@ -283,15 +284,7 @@ def test_an_interrupt_ends_the_child(folder: Path, tmp_path: Path, child_environ
     """SIGINT to the command alone, as from a supervisor: the child cleans up, nothing is left."""
     text = tmp_path / "text"
     text.write_text("the cat and the dog went to the sea <|endoftext|>" * 120_000)
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "nybble.server.cli",
-        "quantize",
-        str(folder),
-        str(tmp_path / "out"),
-    ]
+    command = quantize_command(folder, tmp_path)
     command += ["--group-size", "32", "--num-samples", "1000000", "--calibration", str(text)]
     listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
     with subprocess.Popen(

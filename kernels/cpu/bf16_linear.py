@@ -25,9 +25,9 @@ from numba.extending import intrinsic
 from . import isa
 from .abi import word, words
 from .activations import CHUNK
-from .int8_tile import PREFETCH_BYTES
-from .ir import BF16, F16, F32, I16, I32, Emitter, emit_tiles
+from .ir import BF16, F16, F32, I16, I32, I64, Emitter, emit_tiles
 from .l16 import GROUP_BYTES
+from .streams import FEW_TOKENS, emit_streams, prefetched_bytes, strips, up_to
 from .vectors import literal
 
 TILES = isa.TILES[isa.VNNI]
@@ -82,60 +82,68 @@ def _converted(emit: Emitter, address: ir.Value) -> list[ir.Value]:
 
 
 @intrinsic(prefer_literal=True)
-def _tiles(typingctx: Any, num_bits: Any, asym: Any, args: Any, block: Any, begin: Any, count: Any) -> Any:
-    """One block of 16 rows times ``count`` activation rows from ``begin`` on; args of the kernel."""
+def _tiles(
+    typingctx: Any, num_bits: Any, asym: Any, args: Any, first: Any, end: Any, begin: Any, count: Any
+) -> Any:
+    """Blocks [first, end) of 16 rows times ``count`` rows of x16 from ``begin`` on; args of the kernel."""
     bits, has_zeros = literal(num_bits), bool(literal(asym))
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        args, block, begin, count = arguments[2:]
+        args, first, end, begin, count = arguments[2:]
         emit = Emitter(builder)
         w, ws, wz, x16, sums, y, _, ldy, groups, _, accumulate = words(emit, args, 11)
-        at = builder.mul(block, groups)
-        w = emit.offset(w, emit.scaled(at, GROUP_BYTES[bits]))
-        ws, wz = (emit.offset(base, emit.scaled(at, 32)) for base in (ws, wz))
-        y = emit.offset(y, emit.scaled(block, 64))
-        for tokens, first in emit_tiles(builder, count, TILES):
-            m = builder.add(begin, first)
-            at = builder.mul(m, groups)
-            x = [emit.offset(base, emit.scaled(at, size)) for base, size in ((x16, 64), (sums, 4))]
-            out = emit.offset(y, emit.scaled(builder.mul(m, ldy), 4))
-            _emit_tile(emit, (bits, tokens, has_zeros), [w, ws, wz, *x, out, ldy, groups, accumulate])
+        codes, per_row = emit.scaled(groups, GROUP_BYTES[bits]), emit.scaled(groups, 32)
+        for most, blocks in emit_streams(builder, count, (first, end), FEW_TOKENS):
+            for tokens, number in emit_tiles(builder, count, up_to(TILES, most)):
+                m = builder.add(begin, number)
+                at = builder.mul(m, groups)
+                x = [emit.offset(base, emit.scaled(at, size)) for base, size in ((x16, 64), (sums, 4))]
+                out = emit.offset(y, emit.scaled(builder.mul(m, ldy), 4))
+                arrays = ((w, codes, 4), (ws, per_row, 2), (wz, per_row, 2), (out, I64(64), 4))
+                rows = strips(emit, blocks, [0], 16, arrays)
+                _emit_tile(emit, (bits, tokens, has_zeros), rows, [*x, ldy, groups, accumulate])
         return context.get_dummy_value()
 
-    return types.void(num_bits, asym, *([types.intp] * 4)), codegen
+    return types.void(num_bits, asym, *([types.intp] * 5)), codegen
 
 
-def _emit_tile(emit: Emitter, traits: tuple[int, int, bool], arguments: list[ir.Value]) -> None:
-    """One block times a tile of tokens into y; traits: bits, tokens, whether there are zero points."""
+def _emit_tile(
+    emit: Emitter, traits: tuple[int, int, bool], rows: list[list[ir.Value]], arguments: list[ir.Value]
+) -> None:
+    """A few blocks times a tile of tokens into y; traits: bits, tokens, whether there are zero points.
+
+    rows: ``strips`` of codes, scales, zero points and outputs.
+    """
     (bits, count, has_zeros), builder = traits, emit.builder
-    w, ws, wz, x16, sums, y, ldy, groups, accumulate = arguments
-    totals = [cgutils.alloca_once_value(builder, emit.constant(F32, 0.0, 16)) for _ in range(count)]
-    for total in totals:
-        builder.store(emit.constant(F32, 0.0, 16), total)
+    x16, sums, ldy, groups, accumulate = arguments
+    totals = emit.running_sums(_FLOATS, len(rows), count)
     with cgutils.for_range(builder, groups) as loop:
         g = loop.index
-        dots = [
+        addresses = [emit.offset(w, emit.scaled(g, GROUP_BYTES[bits])) for w, *_ in rows]
+        for address in addresses:
+            for line in range(0, GROUP_BYTES[bits], 64):
+                emit.prefetch(emit.offset(address, prefetched_bytes(len(rows)) + line))
+        pairs_of_x = emit.offset(x16, emit.scaled(g, 64 * count))
+        starts = [
             emit.splat(emit.load(F32, emit.offset(sums, emit.scaled(g, 4 * count), 4 * m), 4), 16)
             for m in range(count)
         ]
-        if has_zeros:
-            zeros = builder.fadd(_per_row(emit, wz, g), emit.constant(F32, float(base(bits)), 16))
-            dots = [builder.fmul(zeros, dot) for dot in dots]
-        codes = emit.offset(w, emit.scaled(g, GROUP_BYTES[bits]))
-        for line in range(0, GROUP_BYTES[bits], 64):
-            emit.prefetch(emit.offset(codes, PREFETCH_BYTES + line))
-        pairs_of_x = emit.offset(x16, emit.scaled(g, 64 * count))
-        for index, pair in enumerate(_code_pairs(emit, bits, codes)):
-            for m in range(count):
-                x = emit.load(I32, emit.offset(pairs_of_x, 4 * (index * count + m)), 4)
-                operands = [dots[m], pair, builder.bitcast(emit.splat(x, 16), _PAIRS)]
-                dots[m] = emit.call("llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, operands)
-        scale = _per_row(emit, ws, g)
-        for total, dot in zip(totals, dots, strict=True):
-            builder.store(emit.fma(scale, dot, builder.load(total)), total)
-    for m, total in enumerate(totals):
-        address = emit.offset(y, emit.scaled(ldy, 4 * m))
-        emit.write_row(builder.load(total), address, accumulate)
+        for codes, (_, ws, wz, _), slots in zip(addresses, rows, totals, strict=True):
+            dots = list(starts)
+            if has_zeros:
+                zeros = builder.fadd(_per_row(emit, wz, g), emit.constant(F32, float(base(bits)), 16))
+                dots = [builder.fmul(zeros, start) for start in starts]
+            for index, pair in enumerate(_code_pairs(emit, bits, codes)):
+                for m in range(count):
+                    x = emit.load(I32, emit.offset(pairs_of_x, 4 * (index * count + m)), 4)
+                    operands = [dots[m], pair, builder.bitcast(emit.splat(x, 16), _PAIRS)]
+                    dots[m] = emit.call("llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, operands)
+            scale = _per_row(emit, ws, g)
+            for total, dot in zip(slots, dots, strict=True):
+                builder.store(emit.fma(scale, dot, builder.load(total)), total)
+    for (*_, y), slots in zip(rows, totals, strict=True):
+        for m, slot in enumerate(slots):
+            emit.write_row(builder.load(slot), emit.offset(y, emit.scaled(ldy, 4 * m)), accumulate)
 
 
 def _per_row(emit: Emitter, values: ir.Value, group: ir.Value) -> ir.Value:
@@ -155,9 +163,8 @@ def bf16_kernel(num_bits: int, asym: bool) -> Any:
     def bf16_linear(args, thread, num_threads):
         tokens = word(word(args, 6), 0)
         blocks = word(args, 9)
+        first, end = blocks * thread // num_threads, blocks * (thread + 1) // num_threads
         for begin in range(0, tokens, CHUNK):
-            count = min(CHUNK, tokens - begin)
-            for n in range(blocks * thread // num_threads, blocks * (thread + 1) // num_threads):
-                _tiles(num_bits, has_zeros, args, n, begin, count)
+            _tiles(num_bits, has_zeros, args, first, end, begin, min(CHUNK, tokens - begin))
 
     return bf16_linear

@@ -15,11 +15,14 @@ from numba.extending import intrinsic
 from .abi import word, words
 from .activations import CHUNK
 from .int8_tile import Tile
-from .ir import F16, F32, I32, I64, Emitter, emit_tiles
-from .isa import VNNI
+from .ir import F32, I32, I64, Emitter, emit_tiles
+from .isa import AVX2, VNNI
 from .l16 import GROUP_BYTES
+from .streams import emit_streams, prefetched_bytes, strips, up_to
 from .vectors import ELEMENT_BYTES, literal, load_floats
 
+_TILES = {AVX2: (3,), VNNI: (6, 2)}  # of tokens
+_LEVELS = ((1, 4),)  # of ``emit_streams``
 DENSE = 0  # num_bits of a dense weight; its type is the storage kind
 
 
@@ -45,70 +48,82 @@ def _exact_tiles(
     kind: Any,
     asym: Any,
     args: Any,
-    block: Any,
+    first: Any,
+    end: Any,
     begin: Any,
     count: Any,
 ) -> Any:
-    """One block times ``count`` rows of fp32 x from ``begin`` on; args of the kernel. Groups of 32 inputs."""
+    """Blocks [first, end) times ``count`` rows of fp32 x from ``begin`` on; args of the kernel.
+
+    Groups of 32 inputs.
+    """
     isa_, bits, code, has_zeros = (literal(t) for t in (isa, num_bits, kind, asym))
     block_bytes = 32 * 16 * ELEMENT_BYTES[code] if bits == DENSE else GROUP_BYTES[bits]
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        args, block, begin, count = arguments[4:]
+        args, first, end, begin, count = arguments[4:]
         emit = Emitter(builder)
         w, ws, wz, x, ldx, _, y, ldy, groups, _, accumulate = words(emit, args, 11)
-        at = builder.mul(block, groups)
-        w = emit.offset(w, emit.scaled(at, block_bytes))
-        ws, wz = (emit.offset(base, emit.scaled(at, 32)) for base in (ws, wz))
-        y = emit.offset(y, emit.scaled(block, 64))
-        for tokens, first in emit_tiles(builder, count, (6, 2) if isa_ == VNNI else (3,)):
-            m = emit.scaled(builder.add(begin, first), 4)
-            a, out = emit.offset(x, builder.mul(m, ldx)), emit.offset(y, builder.mul(m, ldy))
-            kernel = Tile(builder, isa_, bits, tokens)
-            for half in range(16 // kernel.lanes):
-                rest = [w, ws, wz, a, ldx, out, ldy, groups, accumulate]
-                _emit_exact(kernel, half, code, bool(has_zeros), rest)
+        values, per_row = emit.scaled(groups, block_bytes), emit.scaled(groups, 32)
+        row_bytes = ELEMENT_BYTES[code] if bits == DENSE else 4
+        for most, blocks in emit_streams(builder, count, (first, end), _LEVELS):
+            for tokens, number in emit_tiles(builder, count, up_to(_TILES[isa_], most)):
+                m = emit.scaled(builder.add(begin, number), 4)
+                a, out = emit.offset(x, builder.mul(m, ldx)), emit.offset(y, builder.mul(m, ldy))
+                kernel = Tile(builder, isa_, bits, tokens)
+                arrays = ((w, values, row_bytes), (ws, per_row, 2), (wz, per_row, 2), (out, I64(64), 4))
+                halves = range(16 // kernel.lanes)
+                for part in [halves] if len(blocks) > 1 else [[half] for half in halves]:
+                    rows = strips(emit, blocks, part, kernel.lanes, arrays)
+                    rest = [a, ldx, ldy, groups, accumulate]
+                    _emit_exact(kernel, (rows, len(blocks)), (code, block_bytes, bool(has_zeros)), rest)
         return context.get_dummy_value()
 
-    return types.void(isa, num_bits, kind, asym, *([types.intp] * 4)), codegen
+    return types.void(isa, num_bits, kind, asym, *([types.intp] * 5)), codegen
 
 
-def _emit_exact(kernel: Tile, half: int, kind: int, asym: bool, arguments: list[ir.Value]) -> None:
-    w, ws, wz, x, ldx, y, ldy, groups, accumulate = arguments
-    builder, emit, tokens, lanes = kernel.builder, kernel.emit, kernel.tokens, kernel.lanes
-    vector = kernel.float_vector
-    zero = ir.Constant(vector, [0.0] * lanes)
-    totals = {(m, p): cgutils.alloca_once_value(builder, zero) for m in range(tokens) for p in range(2)}
-    for slot in totals.values():
-        builder.store(zero, slot)
+def _emit_exact(
+    kernel: Tile,
+    where: tuple[list[list[ir.Value]], int],
+    traits: tuple[int, int, bool],
+    arguments: list[ir.Value],
+) -> None:
+    """where: ``strips`` of values, scales, zero points and outputs, and of how many blocks.
+
+    traits: storage kind, bytes of a block's group, whether there are zero points.
+    """
+    (rows, num_blocks), (kind, group_bytes, asym) = where, traits
+    x, ldx, ldy, groups, accumulate = arguments
+    builder, emit, tokens = kernel.builder, kernel.emit, kernel.tokens
+    totals = emit.running_sums(kernel.float_vector, len(rows), tokens, 2)
     with cgutils.for_range(builder, groups) as loop:
         g = loop.index
-        if kernel.num_bits == DENSE:
-            size = ELEMENT_BYTES[kind]
-            base = emit.offset(w, emit.scaled(g, 32 * 16 * size), half * lanes * size)
-            columns = [load_floats(emit, kind, lanes, emit.offset(base, 16 * size * k)) for k in range(32)]
-        else:
-            address = emit.offset(w, emit.scaled(g, GROUP_BYTES[kernel.num_bits]), 4 * lanes * half)
-            per_row = [emit.scaled(g, 32), I64(2 * lanes * half)]
-            halves = ir.VectorType(F16, lanes)
-            scale = builder.fpext(emit.load(halves, emit.offset(ws, *per_row)), vector)
-            if asym:
-                zeros = builder.fpext(emit.load(halves, emit.offset(wz, *per_row)), vector)
+        addresses = [emit.offset(w, emit.scaled(g, group_bytes)) for w, *_ in rows]
+        for address in addresses[:: len(rows) // num_blocks]:
+            for line in range(0, group_bytes, 64):
+                emit.prefetch(emit.offset(address, prefetched_bytes(num_blocks) + line))
+        for address, (_, ws, wz, _), slots in zip(addresses, rows, totals, strict=True):
+            if kernel.num_bits == DENSE:
+                size = 16 * ELEMENT_BYTES[kind]
+                columns = [
+                    load_floats(emit, kind, kernel.lanes, emit.offset(address, size * k)) for k in range(32)
+                ]
             else:
-                zeros = emit.constant(F32, float(2 ** (kernel.num_bits - 1)), lanes)
-            columns = _code_vectors(kernel, address, scale, zeros)
-        for m in range(tokens):
-            row = emit.offset(x, emit.scaled(ldx, 4 * m), emit.scaled(g, 128))
-            sums = [builder.load(totals[m, p]) for p in range(2)]
-            for k, column in enumerate(columns):
-                value = emit.splat(emit.load(F32, emit.offset(row, 4 * k), 4), lanes)
-                sums[k % 2] = emit.fma(value, column, sums[k % 2])
-            for p in range(2):
-                builder.store(sums[p], totals[m, p])
-    for m in range(tokens):
-        address = emit.offset(y, emit.scaled(ldy, 4 * m), 4 * lanes * half)
-        value = builder.fadd(builder.load(totals[m, 0]), builder.load(totals[m, 1]))
-        emit.write_row(value, address, accumulate)
+                middle = float(2 ** (kernel.num_bits - 1))
+                zeros = kernel.per_row(wz, g) if asym else emit.constant(F32, middle, kernel.lanes)
+                columns = _code_vectors(kernel, address, kernel.per_row(ws, g), zeros)
+            for m in range(tokens):
+                row = emit.offset(x, emit.scaled(ldx, 4 * m), emit.scaled(g, 128))
+                sums = [builder.load(slot) for slot in slots[m]]
+                for k, column in enumerate(columns):
+                    value = emit.splat(emit.load(F32, emit.offset(row, 4 * k), 4), kernel.lanes)
+                    sums[k % 2] = emit.fma(value, column, sums[k % 2])
+                for total, slot in zip(sums, slots[m], strict=True):
+                    builder.store(total, slot)
+    for (*_, y), slots in zip(rows, totals, strict=True):
+        for m, (even, odd) in enumerate(slots):
+            value = builder.fadd(builder.load(even), builder.load(odd))
+            emit.write_row(value, emit.offset(y, emit.scaled(ldy, 4 * m)), accumulate)
 
 
 def exact_kernel(isa: int, num_bits: int, kind: int, asym: bool) -> Any:
@@ -122,9 +137,9 @@ def exact_kernel(isa: int, num_bits: int, kind: int, asym: bool) -> Any:
     def exact(args, thread, num_threads):
         tokens = word(word(args, 5), 0)
         blocks = word(args, 9)
+        first, end = blocks * thread // num_threads, blocks * (thread + 1) // num_threads
         for begin in range(0, tokens, CHUNK):
             count = min(CHUNK, tokens - begin)
-            for n in range(blocks * thread // num_threads, blocks * (thread + 1) // num_threads):
-                _exact_tiles(isa, num_bits, kind, has_zeros, args, n, begin, count)
+            _exact_tiles(isa, num_bits, kind, has_zeros, args, first, end, begin, count)
 
     return exact

@@ -73,7 +73,8 @@ def unpack_strip(
             for base, place in [(ws, _SCALES), (wz, _ZEROS)][: 1 + has_zeros]:
                 emit.prefetch(emit.offset(base, emit.scaled(g, 32), 32 * STRIP))
                 for half in range(_HALVES):
-                    emit.store(kernel.per_row(base, g, half), emit.offset(line, place, 32 * half), 32)
+                    rows = emit.offset(base, 2 * kernel.lanes * half)
+                    emit.store(kernel.per_row(rows, g), emit.offset(line, place, 32 * half), 32)
             codes = emit.offset(w, emit.scaled(g, GROUP_BYTES[bits]))
             to = emit.offset(scratch, emit.scaled(loop.index, _LINE * _vectors(bits)))
             for half in range(_HALVES):

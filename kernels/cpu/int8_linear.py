@@ -23,10 +23,10 @@ def vnni_kernel(num_bits: int, asym: bool) -> Any:
     def int8_vnni(args, thread, num_threads):
         tokens = word(word(args, 7), 0)
         blocks = word(args, 10)
+        first, end = blocks * thread // num_threads, blocks * (thread + 1) // num_threads
         for begin in range(0, tokens, CHUNK):
             count = min(CHUNK, tokens - begin)
-            for n in range(blocks * thread // num_threads, blocks * (thread + 1) // num_threads):
-                int8_tiles(VNNI, num_bits, has_zeros, args, n, begin, count)
+            int8_tiles(VNNI, num_bits, has_zeros, args, first, end, begin, count)
 
     return int8_vnni
 
@@ -47,29 +47,32 @@ def avx2_kernel(num_bits: int, asym: bool) -> Any:
         blocks = word(args, 10)
         scratch = word(args, 12) + thread * word(args, 13)
         totals = scratch + at_totals
+        first, end = blocks * thread // num_threads, blocks * (thread + 1) // num_threads
         for begin in range(0, tokens, CHUNK):
             count = min(CHUNK, tokens - begin)
             many = count // tile * tile if count >= least else 0
-            for n in range(blocks * thread // num_threads, blocks * (thread + 1) // num_threads):
-                if many > 0:
-                    int8_batch.clear_totals(totals, many)
-                    for g in range(0, groups, longest):
-                        strip = min(longest, groups - g)
-                        int8_batch.unpack_strip(num_bits, has_zeros, args, n, g, strip, scratch)
-                        following = word(args, 0) + (n * groups + g + strip) * group_bytes
-                        for m in range(0, many, tile):
-                            first, to = begin + m, totals + m * 64
-                            if g + strip == groups:
-                                int8_batch.prefetch_rows(args, n, first)
-                            # The first tiles ask for the codes of the next strip, later ones for nothing new.
-                            asked = m // tile * strip * lines * 64
-                            ahead = following + asked if asked < strip * group_bytes else scratch
-                            int8_batch.multiply_strip(
-                                num_bits, has_zeros, args, first, g, strip, scratch, to, ahead
-                            )
-                    int8_batch.write_totals(args, n, begin, many, totals)
+            if many == 0:
+                int8_tiles(AVX2, num_bits, has_zeros, args, first, end, begin, count)
+                continue
+            for n in range(first, end):
+                int8_batch.clear_totals(totals, many)
+                for g in range(0, groups, longest):
+                    strip = min(longest, groups - g)
+                    int8_batch.unpack_strip(num_bits, has_zeros, args, n, g, strip, scratch)
+                    following = word(args, 0) + (n * groups + g + strip) * group_bytes
+                    for m in range(0, many, tile):
+                        token, to = begin + m, totals + m * 64
+                        if g + strip == groups:
+                            int8_batch.prefetch_rows(args, n, token)
+                        # The first tiles ask for the codes of the next strip, later ones for nothing new.
+                        asked = m // tile * strip * lines * 64
+                        ahead = following + asked if asked < strip * group_bytes else scratch
+                        int8_batch.multiply_strip(
+                            num_bits, has_zeros, args, token, g, strip, scratch, to, ahead
+                        )
+                int8_batch.write_totals(args, n, begin, many, totals)
                 if many < count:
-                    int8_tiles(AVX2, num_bits, has_zeros, args, n, begin + many, count - many)
+                    int8_tiles(AVX2, num_bits, has_zeros, args, n, n + 1, begin + many, count - many)
 
     return int8_avx2
 
@@ -85,19 +88,30 @@ def amx_kernel(num_bits: int, kind: int) -> Any:
         tokens = word(word(args, 7), 0)
         blocks = word(args, 10)
         scratch = word(args, 12) + thread * word(args, 13)
-        end = blocks * (thread + 1) // num_threads
+        first, end = blocks * thread // num_threads, blocks * (thread + 1) // num_threads
         if tokens >= TOKENS:
             configure_tiles()
         for begin in range(0, tokens, TILES * TOKENS):
             count = min(TILES * TOKENS, tokens - begin)
             tiles, left = count // TOKENS, count % TOKENS
-            for n in range(blocks * thread // num_threads, end, BLOCKS):
-                few = min(BLOCKS, end - n)
-                if tiles > 0:
-                    amx_tiles(num_bits, kind, args, n, few, begin, tiles, scratch)
+            if tiles == 0:
+                int8_tiles(VNNI, num_bits, has_zeros, args, first, end, begin, count)
+                continue
+            # Two streams, see ``streams``; behind them blocks that have none beside them.
+            step = (end - first) // BLOCKS
+            n = first
+            while n < end:
+                few = BLOCKS if n < first + step else 1
+                amx_tiles(num_bits, kind, args, n, step, few, begin, tiles, scratch)
                 if left > 0:
-                    for i in range(n, n + few):
-                        int8_tiles(VNNI, num_bits, has_zeros, args, i, begin + count - left, left)
+                    for i in range(few):
+                        block = n + i * step
+                        int8_tiles(
+                            VNNI, num_bits, has_zeros, args, block, block + 1, begin + count - left, left
+                        )
+                n += 1
+                if n == first + step:
+                    n = first + step * BLOCKS
         if tokens >= TOKENS:
             release_tiles()
 

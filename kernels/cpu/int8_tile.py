@@ -21,11 +21,8 @@ from .abi import words
 from .ir import F16, F32, I8, I16, I32, I64, Emitter, emit_tiles
 from .isa import AVX2, TILES, VNNI
 from .l16 import GROUP_BYTES
+from .streams import emit_streams, prefetched_bytes, streams_of, strips, up_to
 from .vectors import literal
-
-# Ahead of the read: the hardware's own prefetcher stops at 4 KiB pages. Measured at one token, 2048 is 8 %
-# (int4) to 20 % (int2, 2:4) slower and 12288 no faster (Zen 4; on Granite Rapids all three are alike).
-PREFETCH_BYTES = 6144
 
 
 class Tile:
@@ -110,9 +107,9 @@ class Tile:
             return []
         return [start] if self.tokens > 2 else [start, ir.Constant(self.int_vector, [0] * self.lanes)]
 
-    def per_row(self, base: ir.Value, g: ir.Value, half: int) -> ir.Value:
+    def per_row(self, base: ir.Value, g: ir.Value) -> ir.Value:
         """Scales or zero points of a group, as fp32."""
-        address = self.emit.offset(base, self.emit.scaled(g, 32), 2 * self.lanes * half)
+        address = self.emit.offset(base, self.emit.scaled(g, 32))
         return self.builder.fpext(self.emit.load(ir.VectorType(F16, self.lanes), address), self.float_vector)
 
     def total(self, sums: list[ir.Value], start: ir.Value) -> ir.Value:
@@ -140,58 +137,74 @@ def opaque(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
 
 @intrinsic(prefer_literal=True)
 def int8_tiles(
-    typingctx: Any, isa: Any, num_bits: Any, asym: Any, args: Any, block: Any, begin: Any, count: Any
+    typingctx: Any,
+    isa: Any,
+    num_bits: Any,
+    asym: Any,
+    args: Any,
+    first: Any,
+    end: Any,
+    begin: Any,
+    count: Any,
 ) -> Any:
-    """One block of 16 rows times ``count`` activation rows from ``begin`` on; args of ``int8_linear``."""
+    """Blocks [first, end) of 16 rows times ``count`` rows of x8 from ``begin`` on.
+
+    args: of ``int8_linear``.
+    """
     isa_, bits, has_zeros = literal(isa), literal(num_bits), bool(literal(asym))
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        args, block, begin, count = arguments[3:]
+        args, first, end, begin, count = arguments[3:]
         emit = Emitter(builder)
         w, ws, wz, x8, xs, sums, y, _, ldy, groups, _, accumulate = words(emit, args, 12)
-        at = builder.mul(block, groups)
-        w = emit.offset(w, emit.scaled(at, GROUP_BYTES[bits]))
-        ws, wz = (emit.offset(base, emit.scaled(at, 32)) for base in (ws, wz))
-        y = emit.offset(y, emit.scaled(block, 64))
-        for tokens, first in emit_tiles(builder, count, TILES[isa_]):
-            m = builder.add(begin, first)
-            at = builder.mul(m, groups)
-            x = [emit.offset(base, emit.scaled(at, size)) for base, size in ((x8, 32), (xs, 4), (sums, 4))]
-            out = emit.offset(y, emit.scaled(builder.mul(m, ldy), 4))
-            kernel = Tile(builder, isa_, bits, tokens)
-            for halves in kernel.passes():
-                _emit_pass(kernel, halves, has_zeros, [w, ws, wz, *x, out, ldy, groups, accumulate])
+        codes, per_row = emit.scaled(groups, GROUP_BYTES[bits]), emit.scaled(groups, 32)
+        for most, blocks in emit_streams(builder, count, (first, end), streams_of(isa_)):
+            for tokens, number in emit_tiles(builder, count, up_to(TILES[isa_], most)):
+                kernel = Tile(builder, isa_, bits, tokens)
+                m = builder.add(begin, number)
+                at = builder.mul(m, groups)
+                x = [
+                    emit.offset(base, emit.scaled(at, size)) for base, size in ((x8, 32), (xs, 4), (sums, 4))
+                ]
+                out = emit.offset(y, emit.scaled(builder.mul(m, ldy), 4))
+                arrays = ((w, codes, 4), (ws, per_row, 2), (wz, per_row, 2), (out, I64(64), 4))
+                for halves in kernel.passes():
+                    rows = strips(emit, blocks, halves, kernel.lanes, arrays)
+                    _emit_pass(kernel, rows, len(blocks), has_zeros, [*x, ldy, groups, accumulate])
         return context.get_dummy_value()
 
-    return types.void(isa, num_bits, asym, *([types.intp] * 4)), codegen
+    return types.void(isa, num_bits, asym, *([types.intp] * 5)), codegen
 
 
-def _emit_pass(kernel: Tile, halves: list[int], asym: bool, arguments: list[ir.Value]) -> None:
-    w, ws, wz, x8, xs, sums, y, ldy, groups, accumulate = arguments
+def _emit_pass(
+    kernel: Tile, rows: list[list[ir.Value]], num_blocks: int, asym: bool, arguments: list[ir.Value]
+) -> None:
+    """rows: ``strips`` of codes, scales, zero points and outputs, of so many blocks."""
+    x8, xs, sums, ldy, groups, accumulate = arguments
     builder, emit, tokens, lanes = kernel.builder, kernel.emit, kernel.tokens, kernel.lanes
     nothing = ir.Constant(kernel.int_vector, [0] * lanes)
-    group_bytes = GROUP_BYTES[kernel.num_bits]
-    totals = _totals(kernel, len(halves))
+    totals = _totals(kernel, len(rows))
     with cgutils.for_range(builder, groups) as loop:
         g = loop.index
-        weights = emit.offset(w, emit.scaled(g, group_bytes))
-        for line in range(0, group_bytes, 64):
-            emit.prefetch(emit.offset(weights, PREFETCH_BYTES + line), keep=tokens > 1)
+        weights = [emit.offset(w, emit.scaled(g, GROUP_BYTES[kernel.num_bits])) for w, *_ in rows]
+        for address in weights[:: len(rows) // num_blocks]:
+            for line in range(0, GROUP_BYTES[kernel.num_bits], 64):
+                emit.prefetch(emit.offset(address, prefetched_bytes(num_blocks) + line), keep=tokens > 1)
         x_group = emit.offset(x8, emit.scaled(g, 32 * tokens))
         per_token = emit.scaled(g, 4 * tokens)
         starts = [
             emit.splat(emit.load(I32, emit.offset(sums, per_token, 4 * m), 4), lanes) for m in range(tokens)
         ]
-        dots = [[kernel.begin(nothing if asym else start) for _ in halves] for start in starts]
-        # Quad by quad: a broadcast quad of activations serves both halves, and few codes are alive at a time.
-        codes = [kernel.codes(emit.offset(weights, 4 * lanes * h)) for h in halves]
-        for quad, per_half in enumerate(zip(*codes, strict=True)):
+        dots = [[kernel.begin(nothing if asym else start) for _ in rows] for start in starts]
+        # Quad by quad: a broadcast quad of activations serves all rows, and few codes are alive at a time.
+        codes = [kernel.codes(address) for address in weights]
+        for quad, of_rows in enumerate(zip(*codes, strict=True)):
             for m in range(tokens):
                 x = emit.splat(emit.load(I32, emit.offset(x_group, (quad * tokens + m) * 4), 4), lanes)
-                for dot, code in zip(dots[m], per_half, strict=True):
+                for dot, code in zip(dots[m], of_rows, strict=True):
                     kernel.accumulate(dot, code, builder.bitcast(x, kernel.byte_vector), quad)
-        row_scales = [kernel.per_row(ws, g, h) for h in halves]
-        zeros = [kernel.per_row(wz, g, h) for h in halves] if asym else []
+        row_scales = [kernel.per_row(ws, g) for _, ws, _, _ in rows]
+        zeros = [kernel.per_row(wz, g) for _, _, wz, _ in rows] if asym else []
         for m, start in enumerate(starts):
             scale = emit.splat(emit.load(F32, emit.offset(xs, per_token, 4 * m), 4), lanes)
             for i, row_scale in enumerate(row_scales):
@@ -202,18 +215,17 @@ def _emit_pass(kernel: Tile, halves: list[int], asym: bool, arguments: list[ir.V
                 total = emit.fma(builder.fmul(row_scale, scale), value, builder.load(totals[m][i]))
                 builder.store(total, totals[m][i])
     for m in range(tokens):
-        for h, slot in zip(halves, totals[m], strict=True):
-            address = emit.offset(y, emit.scaled(ldy, 4 * m), 4 * lanes * h)
-            emit.write_row(builder.load(slot), address, accumulate)
+        for (*_, y), slot in zip(rows, totals[m], strict=True):
+            emit.write_row(builder.load(slot), emit.offset(y, emit.scaled(ldy, 4 * m)), accumulate)
 
 
-def _totals(kernel: Tile, halves: int) -> list[list[ir.Value]]:
-    """Pointers to the sums over groups, zeroed, by token and half.
+def _totals(kernel: Tile, rows: int) -> list[list[ir.Value]]:
+    """Pointers to the sums over groups, zeroed, by token and rows of a register.
 
     AVX2's 16 registers hold the sums within a group, these are in memory. Left to itself LLVM spills the
     wrong ones (four tokens: 120 GOP/s instead of 245).
     """
-    builder, count = kernel.builder, kernel.tokens * halves
+    builder, count = kernel.builder, kernel.tokens * rows
     if kernel.isa == VNNI:
         pointers = [cgutils.alloca_once(builder, kernel.float_vector) for _ in range(count)]
     else:
@@ -225,4 +237,4 @@ def _totals(kernel: Tile, halves: int) -> list[list[ir.Value]]:
         pointers = [builder.inttoptr(place, kind) for place in places]
     for pointer in pointers:
         builder.store(kernel.emit.constant(F32, 0.0, kernel.lanes), pointer)
-    return [pointers[m * halves : (m + 1) * halves] for m in range(kernel.tokens)]
+    return [pointers[m * rows : (m + 1) * rows] for m in range(kernel.tokens)]

@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 
 from .abi import word, words
 from .activations import CHUNK
-from .int8_tile import PREFETCH_BYTES
 from .ir import F16, F32, I8, I16, I32, I64, Emitter, emit_tiles
 from .isa import TILES, VNNI
 from .l16 import GROUP, ROWS
+from .streams import FEW_TOKENS, emit_streams, prefetched_bytes, strips, up_to
 from .vectors import literal
 
 GROUP_BYTES_24 = 192
@@ -136,52 +136,51 @@ class _Tile:
 
 
 @intrinsic(prefer_literal=True)
-def _tiles_24(typingctx: Any, isa: Any, args: Any, block: Any, begin: Any, count: Any) -> Any:
-    """One block of 16 rows times ``count`` activation rows from ``begin`` on; args of the kernel."""
+def _tiles_24(typingctx: Any, isa: Any, args: Any, first: Any, end: Any, begin: Any, count: Any) -> Any:
+    """Blocks [first, end) of 16 rows times ``count`` rows of x8 from ``begin`` on; args of the kernel."""
     isa_ = literal(isa)
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        args, block, begin, count = arguments[1:]
+        args, first, end, begin, count = arguments[1:]
         emit = Emitter(builder)
         w, ws, x8, xs, y, _, ldy, groups, _, accumulate = words(emit, args, 10)
-        at = builder.mul(block, groups)
-        w, ws = emit.offset(w, emit.scaled(at, GROUP_BYTES_24)), emit.offset(ws, emit.scaled(at, 32))
-        y = emit.offset(y, emit.scaled(block, 64))
-        for tokens, first in emit_tiles(builder, count, TILES[isa_]):
-            m = builder.add(begin, first)
-            at = builder.mul(m, groups)
-            x = [emit.offset(base, emit.scaled(at, size)) for base, size in ((x8, 32), (xs, 4))]
-            out = emit.offset(y, emit.scaled(builder.mul(m, ldy), 4))
-            kernel = _Tile(builder, isa_, tokens)
-            halves = list(range(16 // kernel.lanes))
-            for part in [halves] if tokens == 1 else [[half] for half in halves]:
-                _emit_pass(kernel, part, [w, ws, *x, out, ldy, groups, accumulate])
+        codes, per_row = emit.scaled(groups, GROUP_BYTES_24), emit.scaled(groups, 32)
+        for most, blocks in emit_streams(builder, count, (first, end), FEW_TOKENS):
+            for tokens, number in emit_tiles(builder, count, up_to(TILES[isa_], most)):
+                m = builder.add(begin, number)
+                at = builder.mul(m, groups)
+                x = [emit.offset(base, emit.scaled(at, size)) for base, size in ((x8, 32), (xs, 4))]
+                out = emit.offset(y, emit.scaled(builder.mul(m, ldy), 4))
+                kernel = _Tile(builder, isa_, tokens)
+                arrays = ((w, codes, 4), (ws, per_row, 2), (out, I64(64), 4))
+                halves = list(range(16 // kernel.lanes))
+                for part in [halves] if tokens == 1 else [[half] for half in halves]:
+                    rows = strips(emit, blocks, part, kernel.lanes, arrays)
+                    _emit_pass(kernel, rows, len(blocks), [*x, ldy, groups, accumulate])
         return context.get_dummy_value()
 
-    return types.void(isa, *([types.intp] * 4)), codegen
+    return types.void(isa, *([types.intp] * 5)), codegen
 
 
-def _emit_pass(kernel: _Tile, halves: list[int], arguments: list[ir.Value]) -> None:
-    w, ws, x8, xs, y, ldy, groups, accumulate = arguments
+def _emit_pass(kernel: _Tile, rows: list[list[ir.Value]], num_blocks: int, arguments: list[ir.Value]) -> None:
+    """rows: ``strips`` of codes, scales and outputs, of so many blocks."""
+    x8, xs, ldy, groups, accumulate = arguments
     builder, emit, tokens, lanes = kernel.builder, kernel.emit, kernel.tokens, kernel.lanes
-    zero = emit.constant(F32, 0.0, lanes)
-    totals = {(h, m): cgutils.alloca_once_value(builder, zero) for h in halves for m in range(tokens)}
-    for slot in totals.values():
-        builder.store(zero, slot)
+    totals = emit.running_sums(kernel.floats, len(rows), tokens)
     with cgutils.for_range(builder, groups) as loop:
         g = loop.index
-        block = emit.offset(w, emit.scaled(g, GROUP_BYTES_24))
-        for line in range(0, GROUP_BYTES_24, 64):
-            emit.prefetch(emit.offset(block, PREFETCH_BYTES + line), keep=tokens > 1)
+        codes = [emit.offset(w, emit.scaled(g, GROUP_BYTES_24)) for w, *_ in rows]
+        for address in codes[:: len(rows) // num_blocks]:
+            for line in range(0, GROUP_BYTES_24, 64):
+                emit.prefetch(emit.offset(address, prefetched_bytes(num_blocks) + line), keep=tokens > 1)
         x_group = emit.offset(x8, emit.scaled(g, 32 * tokens))
-        for h in halves:
-            at = emit.offset(block, 4 * lanes * h)
+        for at, (_, ws, _), slots in zip(codes, rows, totals, strict=True):
             weights, selectors = kernel.weights(at), kernel.selectors(at)
             start = kernel.start(weights)
-            scales = emit.load(ir.VectorType(F16, lanes), emit.offset(ws, emit.scaled(g, 32), 2 * lanes * h))
+            scales = emit.load(ir.VectorType(F16, lanes), emit.offset(ws, emit.scaled(g, 32)))
             row_scale = builder.fpext(scales, kernel.floats)
             row_scale = builder.fmul(row_scale, emit.constant(F32, 1 / kernel.unit, lanes))
-            for m in range(tokens):
+            for m, slot in enumerate(slots):
                 chosen = [
                     kernel.select(emit.offset(x_group, (octet * tokens + m) * 8), selector)
                     for octet, selector in enumerate(selectors)
@@ -191,10 +190,10 @@ def _emit_pass(kernel: _Tile, halves: list[int], arguments: list[ir.Value]) -> N
                     emit.load(F32, emit.offset(xs, emit.scaled(g, 4 * tokens), 4 * m), 4), lanes
                 )
                 factor = builder.fmul(row_scale, scale)
-                builder.store(emit.fma(factor, value, builder.load(totals[h, m])), totals[h, m])
-    for (h, m), slot in totals.items():
-        address = emit.offset(y, emit.scaled(ldy, 4 * m), 4 * lanes * h)
-        emit.write_row(builder.load(slot), address, accumulate)
+                builder.store(emit.fma(factor, value, builder.load(slot)), slot)
+    for (*_, y), slots in zip(rows, totals, strict=True):
+        for m, slot in enumerate(slots):
+            emit.write_row(builder.load(slot), emit.offset(y, emit.scaled(ldy, 4 * m)), accumulate)
 
 
 def kernel_24(isa: int) -> Any:
@@ -207,9 +206,8 @@ def kernel_24(isa: int) -> Any:
     def int4_24(args, thread, num_threads):
         tokens = word(word(args, 5), 0)
         blocks = word(args, 8)
+        first, end = blocks * thread // num_threads, blocks * (thread + 1) // num_threads
         for begin in range(0, tokens, CHUNK):
-            count = min(CHUNK, tokens - begin)
-            for n in range(blocks * thread // num_threads, blocks * (thread + 1) // num_threads):
-                _tiles_24(isa, args, n, begin, count)
+            _tiles_24(isa, args, first, end, begin, min(CHUNK, tokens - begin))
 
     return int4_24

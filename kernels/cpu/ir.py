@@ -36,6 +36,16 @@ def compiled_for_zen() -> bool:
     return (getattr(config, "CPU_NAME", None) or llvm.get_host_cpu_name()).startswith("znver")
 
 
+def gathers_are_fast() -> bool:
+    """Whether the CPU that code is compiled for gathers 8 floats faster than 8 loads do.
+
+    Intel's do from those on that have AMX; the microcode of earlier ones makes gathers slow (gather data
+    sampling), and on Zen 5 they were slower than loads.
+    """
+    named = getattr(config, "CPU_NAME", None)
+    return not named and bool(llvm.get_host_cpu_features().get("amx-tile"))
+
+
 def emit_tiles(
     builder: ir.IRBuilder, count: ir.Value, sizes: tuple[int, ...]
 ) -> Iterator[tuple[int, ir.Value]]:
@@ -82,6 +92,10 @@ class Emitter:
     def scaled(self, value: ir.Value, factor: int) -> ir.Value:
         """value * factor."""
         return self.builder.mul(value, I64(factor))
+
+    def zext(self, value: ir.Value) -> ir.Value:
+        """An unsigned integer in 64 bits."""
+        return self.builder.zext(value, I64)
 
     def splat(self, value: ir.Value, lanes: int) -> ir.Value:
         """The same scalar in every lane."""

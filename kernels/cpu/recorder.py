@@ -15,6 +15,7 @@ from . import (
     int8_batch,
     int8_linear,
     overlay,
+    overlay_tiles,
     paged_attention,
     rows,
     sparse24,
@@ -23,6 +24,7 @@ from .abi import compile_kernel
 from .activations import OCTETS, PAIRS, QUADS, quantize_kernel
 from .isa import AMX, AVX2, TILES, vectors_of
 from .l16 import GROUP, ROWS, padded
+from .overlay_slices import OverlayWeight
 from .tape import BY_COLUMNS, BY_HEADS, BY_ROWS, Call, Inputs, Scratch, ScratchBytes, Tape, build_tape
 from .vectors import FLOAT32
 from .weights import KINDS, DenseWeight, LowBitWeight
@@ -212,21 +214,21 @@ class Recorder:
         args = (*weights, ordered, _ld(ordered), tokens, out, _ld(out), *shape)
         return get(exact_linear.exact_kernel, isa, bits, FLOAT32, asym), args
 
-    def _overlay(self, weight: overlay.OverlayWeight, x: Tensor, out: Tensor, blocks: int) -> Call:
+    def _overlay(self, weight: OverlayWeight, x: Tensor, out: Tensor, blocks: int) -> Call:
         """The call that adds residuals, each thread to the outputs that it computed itself."""
-        kernel = self.kernels.get(overlay.overlay_kernel, self.kernels.vectors, weight.wide)
+        kernel = self.kernels.get(overlay.overlay_kernel, weight.wide)
         head = (x, _ld(x), x.shape[1], self._tiled(x), self.inputs.tokens, out, _ld(out), blocks)
-        return Call(kernel, (*head, *weight.arrays, *self._scratch(4 * ROWS)), BY_COLUMNS, follows=True)
+        return Call(kernel, (*head, *weight.arrays), BY_COLUMNS, follows=True)
 
     def _tiled(self, x: Tensor) -> Tensor:
         """x in tiles of 8 tokens; shared by all weights over it."""
         key = _identity(x)
         if key not in self._tiles:
             size = x.shape[1]
-            tiles = torch.empty(padded(self.inputs.max_tokens, overlay.TILE), size, device="meta")
+            tiles = torch.empty(padded(self.inputs.max_tokens, overlay_tiles.TILE), size, device="meta")
             self._tiles[key] = tiles
             args = (x, _ld(x), size, self.inputs.tokens, tiles)
-            self._call(self.kernels.get(overlay.tiles_kernel), args, BY_ROWS)
+            self._call(self.kernels.get(overlay_tiles.tiles_kernel), args, BY_ROWS)
         return self._tiles[key]
 
     def _rounded(self, weight: LowBitWeight, x: Tensor, form: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..layout import PackedWeight
 from .l16 import GROUP, ROWS, pack_codes, pack_per_group, padded
-from .overlay import OverlayWeight, pack_overlay
+from .overlay_slices import OverlayWeight, pack_overlay
 from .sparse24 import ZERO, pack_24
 from .vectors import BFLOAT16, FLOAT16, FLOAT32
 

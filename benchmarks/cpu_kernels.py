@@ -40,6 +40,7 @@ from nybble.kernels.cpu.tape import Inputs, Tape
 from nybble.kernels.cpu.weights import LowBitWeight, pack_low_bit
 from nybble.kernels.dispatch import Target
 from nybble.kernels.layout import PackedWeight, QuantSpec, SparseOverlay
+from peers.read_loop import ReadLoop
 
 _LAST_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")  # as in "32768K"
 _LAST_CACHE_BYTES = int(_LAST_CACHE.read_text().rstrip("K\n")) << 10 if _LAST_CACHE.exists() else 0
@@ -105,7 +106,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """All variants at one bit width and shape, for all numbers of tokens."""
     weights = {k: v for k, v in make_variants(*shape).items() if k in ("plain", *options.variants)}
-    limits = {"read": read_call(pool), "peak": peak_call(isa, pool)}
+    limits = {"read": (ReadLoop(pool, ROTATED_BYTES), ROTATED_BYTES), "peak": peak_call(isa, pool)}
     results = []
     for tokens in options.tokens:
         calls = {name: rotated(isa, pool, weight, tokens, name) for name, weight in weights.items()}
@@ -195,29 +196,6 @@ def interleaved(calls: dict[str, Callable[[], None]], limit: float) -> dict[str,
     return {name: values[1:] for name, values in seconds.items()}
 
 
-@intrinsic
-def _read_lines(typingctx: Any, address: Any, lines: Any, out: Any) -> Any:
-    """Or of ``lines`` cache lines (a multiple of 8), to out."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        address, lines, out = arguments
-        emit = Emitter(builder)
-        vector = ir.VectorType(I32, 16)
-        slots = [cgutils.alloca_once_value(builder, emit.constant(I32, 0, 16)) for _ in range(8)]
-        with cgutils.for_range(builder, builder.sdiv(lines, ir.Constant(lines.type, 8))) as loop:
-            for i, slot in enumerate(slots):
-                at = emit.offset(address, emit.scaled(loop.index, 512), 64 * i)
-                emit.prefetch(emit.offset(at, 2048))
-                builder.store(builder.or_(builder.load(slot), emit.load(vector, at, 64)), slot)
-        total = builder.load(slots[0])
-        for slot in slots[1:]:
-            total = builder.or_(total, builder.load(slot))
-        emit.store(total, out, 4)
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp, types.intp), codegen
-
-
 @intrinsic(prefer_literal=True)
 def _dot_products(typingctx: Any, isa: Any, steps: Any, out: Any) -> Any:
     """``steps`` times _CHAINS independent int8 dot product instructions."""
@@ -248,12 +226,6 @@ def _dot_products(typingctx: Any, isa: Any, steps: Any, out: Any) -> Any:
     return types.void(isa, types.intp, types.intp), codegen
 
 
-def read_kernel(args, thread, num_threads):  # type: ignore[no-untyped-def]
-    """args: address, lines, out."""
-    share = word(args, 1) // num_threads // 8 * 8
-    _read_lines(word(args, 0) + thread * share * 64, share, word(args, 2) + thread * 64)
-
-
 def peak_kernel(isa: int) -> Any:
     """args: steps, out."""
 
@@ -261,15 +233,6 @@ def peak_kernel(isa: int) -> Any:
         _dot_products(isa, word(args, 0), word(args, 1) + thread * 1024)
 
     return peak
-
-
-def read_call(pool: Pool) -> tuple[Callable[[], None], float]:
-    """A call that reads memory, and its bytes."""
-    memory = np.ones(ROTATED_BYTES + 64, np.uint8)
-    out = np.zeros(64 * pool.num_threads, np.uint8)
-    start = memory.ctypes.data + -memory.ctypes.data % 64
-    call = kernel_call(read_kernel, [start, ROTATED_BYTES // 64, out.ctypes.data], pool)
-    return lambda kept=(memory, out): call(), ROTATED_BYTES
 
 
 def peak_call(isa: str, pool: Pool) -> tuple[Callable[[], None], float]:

@@ -23,7 +23,7 @@ from . import isa
 from .abi import words
 from .ir import F16, F32, I8, I32, I64, Emitter
 from .l16 import GROUP_BYTES
-from .streams import prefetched_bytes
+from .streams import AHEAD_ONE
 from .vectors import literal
 
 TOKENS = isa.TILES[isa.AMX][0]
@@ -118,7 +118,6 @@ def amx_tiles(
     kind: Any,
     args: Any,
     block: Any,
-    step: Any,
     blocks: Any,
     begin: Any,
     tiles: Any,
@@ -126,7 +125,7 @@ def amx_tiles(
 ) -> Any:
     """Up to BLOCKS blocks of weights times up to TILES tiles of tokens from ``begin`` on.
 
-    step: from a block to the next one; args: of ``int8_linear``; scratch: SCRATCH_BYTES, at a cache line.
+    args: of ``int8_linear``; scratch: SCRATCH_BYTES, at a cache line.
     """
     bits, zeros = literal(num_bits), literal(kind)
 
@@ -134,7 +133,7 @@ def amx_tiles(
         _Tiles(builder, bits, zeros, arguments[2:]).emit_strips()
         return context.get_dummy_value()
 
-    return types.void(num_bits, kind, *([types.intp] * 7)), codegen
+    return types.void(num_bits, kind, *([types.intp] * 6)), codegen
 
 
 class _Tiles:
@@ -148,7 +147,7 @@ class _Tiles:
         self.builder, self.emit = builder, Emitter(builder)
         self.registers = _Registers(self.emit)
         self.bits, self.kind = bits, kind
-        args, block, self.step, self.blocks, begin, self.tiles, self.unpacked = arguments
+        args, block, self.blocks, begin, self.tiles, self.unpacked = arguments
         emit = self.emit
         w, ws, wz, x8, xs, sums, y, _, self.ldy, self.groups, _, self.accumulate = words(emit, args, 12)
         at = builder.mul(block, self.groups)
@@ -223,13 +222,9 @@ class _Tiles:
         )
 
     def _group(self, base: ir.Value, index: ir.Value, size: int, step: int) -> ir.Value:
-        """Where a group of the strip lies, of a tile of tokens; ``size``: its bytes."""
+        """Where a group of the strip lies, of a block or of a tile of tokens; ``size``: its bytes."""
         group = self.builder.add(self.builder.mul(self.groups, index), self.begin)
         return self.emit.offset(base, self.emit.scaled(group, size), size * step)
-
-    def _of_block(self, base: ir.Value, block: ir.Value, size: int, step: int) -> ir.Value:
-        """Where a group of the strip lies, of a block: each is a stream of its own, see ``streams``."""
-        return self._group(base, self.builder.mul(self.step, block), size, step)
 
     def _codes(self, block: ir.Value) -> ir.Value:
         return self.emit.offset(self.unpacked, self.emit.scaled(block, STRIP * _GROUP))
@@ -237,9 +232,9 @@ class _Tiles:
     def _unpack(self, block: ir.Value, step: int) -> None:
         emit, size = self.emit, GROUP_BYTES[self.bits]
         with self._if_group(self.builder.icmp_signed("<", block, self.blocks), step):
-            packed = self._of_block(self.w, block, size, step)
+            packed = self._group(self.w, block, size, step)
             for line in range(0, size, 64):
-                emit.prefetch(emit.offset(packed, prefetched_bytes(BLOCKS) + line))
+                emit.prefetch(emit.offset(self._later(packed, step), line))
             codes = _unpacked(emit, self.bits, self.kind == SYMMETRIC, packed)
             if self.kind == WHOLE:
                 zeros = self.builder.fptosi(self._per_row(self.wz, block, step), _INTS)
@@ -249,9 +244,17 @@ class _Tiles:
             for quad, code in enumerate(codes):
                 emit.store(code, emit.offset(self._codes(block), _GROUP * step + 64 * quad), 64)
 
+    def _later(self, packed: ir.Value, step: int) -> ir.Value:
+        """AHEAD_ONE behind a group's codes; behind its block's end, those of the block read after it."""
+        builder, size = self.builder, GROUP_BYTES[self.bits]
+        later = self.emit.offset(self.begin, step + AHEAD_ONE // size)
+        others = builder.mul(self.groups, builder.sub(self.blocks, I64(1)))
+        skipped = builder.select(builder.icmp_signed("<", later, self.groups), I64(0), others)
+        return self.emit.offset(packed, AHEAD_ONE, self.emit.scaled(skipped, size))
+
     def _per_row(self, values: ir.Value, block: ir.Value, step: int) -> ir.Value:
         """A group's scales or zero points, as fp32."""
-        halves = self.emit.load(ir.VectorType(F16, 16), self._of_block(values, block, 32, step))
+        halves = self.emit.load(ir.VectorType(F16, 16), self._group(values, block, 32, step))
         return self.builder.fpext(halves, _FLOATS)
 
     def _scale(self, tile: ir.Value, block: ir.Value, step: int) -> None:
@@ -279,7 +282,7 @@ class _Tiles:
     def _row(self, tile: ir.Value, block: ir.Value, m: int) -> ir.Value:
         """Where a token's outputs go."""
         token = self.emit.offset(self.emit.scaled(tile, TOKENS), m)
-        row = self.emit.offset(self.y, self.emit.scaled(self.builder.mul(self.step, block), 64))
+        row = self.emit.offset(self.y, self.emit.scaled(block, 64))
         return self.emit.offset(row, self.emit.scaled(self.builder.mul(self.ldy, token), 4))
 
     def _begin(self, tile: ir.Value, block: ir.Value) -> None:

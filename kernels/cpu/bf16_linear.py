@@ -27,7 +27,7 @@ from .abi import word, words
 from .activations import CHUNK
 from .ir import BF16, F16, F32, I16, I32, I64, Emitter, emit_tiles
 from .l16 import GROUP_BYTES
-from .streams import FEW_TOKENS, emit_streams, prefetched_bytes, strips, up_to
+from .streams import FEW_TOKENS, emit_streams, prefetched_bytes, strips, tiles_for
 from .vectors import literal
 
 TILES = isa.TILES[isa.VNNI]
@@ -93,8 +93,8 @@ def _tiles(
         emit = Emitter(builder)
         w, ws, wz, x16, sums, y, _, ldy, groups, _, accumulate = words(emit, args, 11)
         codes, per_row = emit.scaled(groups, GROUP_BYTES[bits]), emit.scaled(groups, 32)
-        for most, blocks in emit_streams(builder, count, (first, end), FEW_TOKENS):
-            for tokens, number in emit_tiles(builder, count, up_to(TILES, most)):
+        for counts, blocks in emit_streams(builder, count, (first, end), FEW_TOKENS):
+            for tokens, number in emit_tiles(builder, count, tiles_for(TILES, counts)):
                 m = builder.add(begin, number)
                 at = builder.mul(m, groups)
                 x = [emit.offset(base, emit.scaled(at, size)) for base, size in ((x16, 64), (sums, 4))]

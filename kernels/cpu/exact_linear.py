@@ -18,7 +18,7 @@ from .int8_tile import Tile
 from .ir import F32, I32, I64, Emitter, emit_tiles
 from .isa import AVX2, VNNI
 from .l16 import GROUP_BYTES
-from .streams import emit_streams, prefetched_bytes, strips, up_to
+from .streams import emit_streams, prefetched_bytes, strips, tiles_for
 from .vectors import ELEMENT_BYTES, literal, load_floats
 
 _TILES = {AVX2: (3,), VNNI: (6, 2)}  # of tokens
@@ -66,8 +66,8 @@ def _exact_tiles(
         w, ws, wz, x, ldx, _, y, ldy, groups, _, accumulate = words(emit, args, 11)
         values, per_row = emit.scaled(groups, block_bytes), emit.scaled(groups, 32)
         row_bytes = ELEMENT_BYTES[code] if bits == DENSE else 4
-        for most, blocks in emit_streams(builder, count, (first, end), _LEVELS):
-            for tokens, number in emit_tiles(builder, count, up_to(_TILES[isa_], most)):
+        for counts, blocks in emit_streams(builder, count, (first, end), _LEVELS):
+            for tokens, number in emit_tiles(builder, count, tiles_for(_TILES[isa_], counts)):
                 m = emit.scaled(builder.add(begin, number), 4)
                 a, out = emit.offset(x, builder.mul(m, ldx)), emit.offset(y, builder.mul(m, ldy))
                 kernel = Tile(builder, isa_, bits, tokens)

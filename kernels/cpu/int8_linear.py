@@ -51,28 +51,29 @@ def avx2_kernel(num_bits: int, asym: bool) -> Any:
         for begin in range(0, tokens, CHUNK):
             count = min(CHUNK, tokens - begin)
             many = count // tile * tile if count >= least else 0
-            if many == 0:
-                int8_tiles(AVX2, num_bits, has_zeros, args, first, end, begin, count)
-                continue
-            for n in range(first, end):
-                int8_batch.clear_totals(totals, many)
-                for g in range(0, groups, longest):
-                    strip = min(longest, groups - g)
-                    int8_batch.unpack_strip(num_bits, has_zeros, args, n, g, strip, scratch)
-                    following = word(args, 0) + (n * groups + g + strip) * group_bytes
-                    for m in range(0, many, tile):
-                        token, to = begin + m, totals + m * 64
-                        if g + strip == groups:
-                            int8_batch.prefetch_rows(args, n, token)
-                        # The first tiles ask for the codes of the next strip, later ones for nothing new.
-                        asked = m // tile * strip * lines * 64
-                        ahead = following + asked if asked < strip * group_bytes else scratch
-                        int8_batch.multiply_strip(
-                            num_bits, has_zeros, args, token, g, strip, scratch, to, ahead
-                        )
-                int8_batch.write_totals(args, n, begin, many, totals)
+            n = first
+            while n < end:
+                at_once = 1 if many else end - n
+                if many:
+                    int8_batch.clear_totals(totals, many)
+                    for g in range(0, groups, longest):
+                        strip = min(longest, groups - g)
+                        int8_batch.unpack_strip(num_bits, has_zeros, args, n, g, strip, scratch)
+                        following = word(args, 0) + (n * groups + g + strip) * group_bytes
+                        for m in range(0, many, tile):
+                            token, to = begin + m, totals + m * 64
+                            if g + strip == groups:
+                                int8_batch.prefetch_rows(args, n, token)
+                            # The first tiles ask for the codes of the next strip, later ones for nothing new.
+                            asked = m // tile * strip * lines * 64
+                            ahead = following + asked if asked < strip * group_bytes else scratch
+                            int8_batch.multiply_strip(
+                                num_bits, has_zeros, args, token, g, strip, scratch, to, ahead
+                            )
+                    int8_batch.write_totals(args, n, begin, many, totals)
                 if many < count:
-                    int8_tiles(AVX2, num_bits, has_zeros, args, n, n + 1, begin + many, count - many)
+                    int8_tiles(AVX2, num_bits, has_zeros, args, n, n + at_once, begin + many, count - many)
+                n += at_once
 
     return int8_avx2
 
@@ -94,24 +95,15 @@ def amx_kernel(num_bits: int, kind: int) -> Any:
         for begin in range(0, tokens, TILES * TOKENS):
             count = min(TILES * TOKENS, tokens - begin)
             tiles, left = count // TOKENS, count % TOKENS
-            if tiles == 0:
-                int8_tiles(VNNI, num_bits, has_zeros, args, first, end, begin, count)
-                continue
-            # Two streams, see ``streams``; behind them blocks that have none beside them.
-            step = (end - first) // BLOCKS
             n = first
             while n < end:
-                few = BLOCKS if n < first + step else 1
-                amx_tiles(num_bits, kind, args, n, step, few, begin, tiles, scratch)
+                few = end - n
+                if tiles > 0:
+                    few = min(BLOCKS, few)
+                    amx_tiles(num_bits, kind, args, n, few, begin, tiles, scratch)
                 if left > 0:
-                    for i in range(few):
-                        block = n + i * step
-                        int8_tiles(
-                            VNNI, num_bits, has_zeros, args, block, block + 1, begin + count - left, left
-                        )
-                n += 1
-                if n == first + step:
-                    n = first + step * BLOCKS
+                    int8_tiles(VNNI, num_bits, has_zeros, args, n, n + few, begin + count - left, left)
+                n += few
         if tokens >= TOKENS:
             release_tiles()
 

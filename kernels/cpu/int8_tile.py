@@ -21,7 +21,7 @@ from .abi import words
 from .ir import F16, F32, I8, I16, I32, I64, Emitter, emit_tiles
 from .isa import AVX2, TILES, VNNI
 from .l16 import GROUP_BYTES
-from .streams import emit_streams, prefetched_bytes, streams_of, strips, up_to
+from .streams import emit_streams, prefetched_bytes, streams_of, strips, tiles_for
 from .vectors import literal
 
 
@@ -158,8 +158,8 @@ def int8_tiles(
         emit = Emitter(builder)
         w, ws, wz, x8, xs, sums, y, _, ldy, groups, _, accumulate = words(emit, args, 12)
         codes, per_row = emit.scaled(groups, GROUP_BYTES[bits]), emit.scaled(groups, 32)
-        for most, blocks in emit_streams(builder, count, (first, end), streams_of(isa_)):
-            for tokens, number in emit_tiles(builder, count, up_to(TILES[isa_], most)):
+        for counts, blocks in emit_streams(builder, count, (first, end), streams_of(isa_)):
+            for tokens, number in emit_tiles(builder, count, tiles_for(TILES[isa_], counts)):
                 kernel = Tile(builder, isa_, bits, tokens)
                 m = builder.add(begin, number)
                 at = builder.mul(m, groups)

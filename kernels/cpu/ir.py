@@ -4,7 +4,7 @@ Addresses are 64-bit integers, so that kernels take plain pointers and can be ca
 without the interpreter lock.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llvmlite import binding as llvm
@@ -47,14 +47,14 @@ def gathers_are_fast() -> bool:
 
 
 def emit_tiles(
-    builder: ir.IRBuilder, count: ir.Value, sizes: tuple[int, ...]
+    builder: ir.IRBuilder, count: ir.Value, sizes: Sequence[int]
 ) -> Iterator[tuple[int, ir.Value]]:
-    """Loops over ``count`` rows in tiles of ``sizes``, largest first, and of 1: the size and the first row.
+    """Loops over ``count`` rows in tiles of ``sizes``, largest first: the size and the first row.
 
     The body is emitted once for every size.
     """
     start: ir.Value = I64(0)
-    for size in (*sizes, 1):
+    for size in sizes:
         number = builder.sdiv(builder.sub(count, start), I64(size))
         with cgutils.for_range(builder, number) as loop:
             yield size, builder.add(start, builder.mul(loop.index, I64(size)))

@@ -28,7 +28,7 @@ from .activations import CHUNK
 from .ir import F16, F32, I8, I16, I32, I64, Emitter, emit_tiles
 from .isa import TILES, VNNI
 from .l16 import GROUP, ROWS
-from .streams import FEW_TOKENS, emit_streams, prefetched_bytes, strips, up_to
+from .streams import FEW_TOKENS, emit_streams, prefetched_bytes, strips, tiles_for
 from .vectors import literal
 
 GROUP_BYTES_24 = 192
@@ -145,8 +145,8 @@ def _tiles_24(typingctx: Any, isa: Any, args: Any, first: Any, end: Any, begin: 
         emit = Emitter(builder)
         w, ws, x8, xs, y, _, ldy, groups, _, accumulate = words(emit, args, 10)
         codes, per_row = emit.scaled(groups, GROUP_BYTES_24), emit.scaled(groups, 32)
-        for most, blocks in emit_streams(builder, count, (first, end), FEW_TOKENS):
-            for tokens, number in emit_tiles(builder, count, up_to(TILES[isa_], most)):
+        for counts, blocks in emit_streams(builder, count, (first, end), FEW_TOKENS):
+            for tokens, number in emit_tiles(builder, count, tiles_for(TILES[isa_], counts)):
                 m = builder.add(begin, number)
                 at = builder.mul(m, groups)
                 x = [emit.offset(base, emit.scaled(at, size)) for base, size in ((x8, 32), (xs, 4))]

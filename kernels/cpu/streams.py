@@ -16,28 +16,38 @@ from .isa import AVX2, VNNI
 # Bytes ahead of the read, all streams of a thread together: the hardware's own prefetcher stops at 4 KiB
 # pages. One stream at one token: 2048 is 8 % (int4) to 20 % (int2, 2:4) slower than 6144 and 12288 no faster
 # (Zen 4). Four streams: 1024 to 4096 each are alike (Emerald Rapids).
-_AHEAD_ONE, _AHEAD_ALL = 6144, 8192
+AHEAD_ONE, _AHEAD_ALL = 6144, 8192
 # Levels of ``emit_streams``: what of tokens and blocks fits the registers. With more tokens products bind,
 # and two blocks share the loads of activations: at 16 tokens 17 % faster on Emerald Rapids, at 64 6 to 12 %,
 # but 4 to 10 % slower on Zen 4, whose loads are as fast as its products.
+ANY = 1 << 30
 FEW_TOKENS = ((2, 4),)
-_INT8 = {AVX2: ((1, 4), (2, 2)), VNNI: ((4, 4), (8, 2))}
-_ANY = 1 << 30
+_INT8 = {AVX2: ((1, 4), (2, 2)), VNNI: ((4, 4), (ANY, 2))}
+_INT8_ZEN = _INT8 | {VNNI: ((4, 4), (8, 2))}
 
 
 def streams_of(isa: int) -> tuple[tuple[int, int], ...]:
     """Levels of ``int8_tile``."""
-    return _INT8[isa] + (((_ANY, 2),) if isa == VNNI and not compiled_for_zen() else ())
+    return (_INT8_ZEN if compiled_for_zen() else _INT8)[isa]
 
 
-def up_to(sizes: Sequence[int], most: int | None) -> tuple[int, ...]:
-    """The tiles of tokens that a level can meet."""
-    return tuple(size for size in sizes if most is None or size <= most)
+def tiles_for(sizes: Sequence[int], counts: tuple[int, int]) -> list[int]:
+    """Those of ``sizes`` (largest first) and 1 into which counts[0] to counts[1] tokens are cut.
+
+    No other need be emitted.
+    """
+    taken = set()
+    for count in range(counts[0], min(counts[1], counts[0] + 2 * max(sizes)) + 1):
+        for size in (*sizes, 1):
+            if count >= size:
+                taken.add(size)
+                count %= size
+    return sorted(taken, reverse=True)
 
 
 def prefetched_bytes(at_once: int) -> int:
     """How far ahead each of ``at_once`` streams asks for its bytes."""
-    return _AHEAD_ONE if at_once == 1 else _AHEAD_ALL // at_once
+    return AHEAD_ONE if at_once == 1 else _AHEAD_ALL // at_once
 
 
 def emit_streams(
@@ -45,30 +55,33 @@ def emit_streams(
     count: ir.Value,
     share: tuple[ir.Value, ir.Value],
     levels: Sequence[tuple[int, int]],
-) -> Iterator[tuple[int | None, list[ir.Value]]]:
+) -> Iterator[tuple[tuple[int, int], list[ir.Value]]]:
     """Loops over the blocks [share[0], share[1]); the body is emitted for every level, and for one stream.
 
     levels: (most tokens, blocks at once), fewest tokens first; the first that has room for ``count`` tokens
-    is taken. Yields the level's most tokens (None: any number) and the blocks of one pass.
+    is taken. Yields the numbers of tokens that come to the body, least and most, and the blocks of one pass.
     """
     first, end = share
-    start = cgutils.alloca_once_value(builder, first)
-    builder.store(first, start)  # the allocation's own is done once in a function
-    fewer = 0
+    start = cgutils.alloca_once(builder, I64)
+    builder.store(first, start)
+    least = 1
     for most, at_once in levels:
         fits = builder.and_(
-            builder.icmp_signed("<", I64(fewer), count), builder.icmp_signed("<=", count, I64(most))
+            builder.icmp_signed("<=", I64(least), count), builder.icmp_signed("<=", count, I64(most))
         )
         with builder.if_then(fits):
             step = builder.sdiv(builder.sub(end, first), I64(at_once))
             with cgutils.for_range(builder, step) as loop:
                 block = builder.add(first, loop.index)
-                yield most, [builder.add(block, builder.mul(step, I64(i))) for i in range(at_once)]
+                yield (
+                    (least, most),
+                    [builder.add(block, builder.mul(step, I64(i))) for i in range(at_once)],
+                )
             builder.store(builder.add(first, builder.mul(step, I64(at_once))), start)
-        fewer = most
+        least = most + 1
     rest = builder.load(start)
     with cgutils.for_range(builder, builder.sub(end, rest)) as loop:
-        yield None, [builder.add(rest, loop.index)]
+        yield (1, ANY), [builder.add(rest, loop.index)]
 
 
 def strips(

@@ -30,9 +30,9 @@ JOB = {
 }
 
 
-@pytest.fixture
-def models_dir(tmp_path: Path) -> Path:
-    root = tmp_path / "models"
+@pytest.fixture(scope="module")
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("kills") / "models"
     model = tiny_transformer("llama", vocab_size=300, num_hidden_layers=LAYERS)
     model.save_pretrained(root / "original")
     write_tokenizer(root / "original")
@@ -97,11 +97,18 @@ class Jobs:
         return self.get(job_id)
 
 
-@pytest.fixture
-def jobs(models_dir: Path, tmp_path: Path) -> Iterator[Jobs]:
-    found = Jobs(models_dir, tmp_path / "log")
+@pytest.fixture(scope="module")
+def jobs(models_dir: Path) -> Iterator[Jobs]:
+    found = Jobs(models_dir, models_dir.parent / "log")
     yield found
     found.stop()
+
+
+@pytest.fixture(scope="module")
+def whole(jobs: Jobs, models_dir: Path) -> Path:
+    """What a job writes that nobody kills."""
+    assert jobs.ended(jobs.post("whole"))["status"] == "succeeded"
+    return models_dir / "whole"
 
 
 def killed_amid(jobs: Jobs, chance: random.Random, how: str) -> tuple[str, str, dict[str, int]]:
@@ -129,13 +136,13 @@ def killed_amid(jobs: Jobs, chance: random.Random, how: str) -> tuple[str, str, 
 
 
 @pytest.mark.parametrize("how", ["process", "server"])
-def test_a_kill_loses_the_block_at_hand_at_the_most(jobs: Jobs, models_dir: Path, how: str) -> None:
+def test_a_kill_loses_the_block_at_hand_at_the_most(
+    jobs: Jobs, models_dir: Path, whole: Path, how: str
+) -> None:
     seed = time.time_ns() % 2**32
     print(f"seed {seed}")
-    chance = random.Random(seed)
-    assert jobs.ended(jobs.post("whole"))["status"] == "succeeded"
-    weights = load_file(models_dir / "whole" / "model.safetensors")
-    job, output, known = killed_amid(jobs, chance, how)
+    weights = load_file(whole / "model.safetensors")
+    job, output, known = killed_amid(jobs, random.Random(seed), how)
     later: dict[str, int] = {}
 
     def goes_on() -> bool:
@@ -151,7 +158,7 @@ def test_a_kill_loses_the_block_at_hand_at_the_most(jobs: Jobs, models_dir: Path
     found = load_file(models_dir / output / "model.safetensors")
     assert found.keys() == weights.keys()
     assert all(bool((found[name] == weights[name]).all()) for name in weights)
-    configs = [json.loads((models_dir / out / "config.json").read_text()) for out in (output, "whole")]
+    configs = [json.loads((out / "config.json").read_text()) for out in (models_dir / output, whole)]
     assert configs[0] == configs[1]
     assert list(models_dir.glob(f".{output}.*")) == [], "what was killed left something"
     assert list((models_dir / ".nybble").glob("texts-*")) == [], "the texts of the request are left"

@@ -4,7 +4,8 @@ The same weights for all, 4 bit in groups of 32: a Llama shape of 1 B parameters
 15 M at one thread (``tiny``), the demo model (``demo``). Measured in rounds, engine after engine within
 each, greedy:
 
-* decode 1: tokens/s of one stream after its first token, prompt of 16 tokens;
+* decode 1: tokens/s of one stream after its first token, prompt of 16 tokens; what the threads read is
+  measured before and after each turn of it;
 * decode 8: tokens/s of eight such streams in total, as one batch;
 * prefill: prompt tokens/s to the first token of a long prompt (512 tokens; the demo 448);
 * first token: milliseconds for a prompt of 128 tokens whose stream goes on after it;
@@ -203,12 +204,11 @@ class Rounds:
             if index:
                 say(f"round {index} of {count}")
             before = list(os.getloadavg())
-            read = self._bandwidth.call("measure", threads=self._threads, repeats=5)
             for metric in METRICS:
                 for _ in range(repeats if metric == "decode1" else 1):
                     self._turn(metric, keep=index > 0)
             if index:
-                self.log.append({"read": read, "load_before": before, "load_after": list(os.getloadavg())})
+                self.log.append({"load_before": before, "load_after": list(os.getloadavg())})
         for contender in self._field:
             self._decode_eight(contender)
             contender.memory["after_decode8"] = contender.worker.proportional_bytes()
@@ -224,12 +224,20 @@ class Rounds:
         }[metric]
         start = next(self._turns) % len(self._field)
         workers = [contender.worker for contender in self._field] + [self._bandwidth]
+        rate = self._read_rate() if metric == "decode1" else 0.0
         for contender in self._field[start:] + self._field[:start]:
             disturbance = Disturbance(contender.worker, workers)
             reply = contender.worker.call("generate", prompts=prompts, new_tokens=new_tokens)
+            sample = {"value": value(metric, reply, len(prompts[0])), **disturbance.stop()}
+            if metric == "decode1":
+                before, rate = rate, self._read_rate()
+                sample["read"] = (before + rate) / 2
             if keep:
-                sample = {"value": value(metric, reply, len(prompts[0])), **disturbance.stop()}
                 contender.samples[metric].append(sample)
+
+    def _read_rate(self) -> float:
+        """Bytes per second that the threads read now: it drifts by a half within seconds."""
+        return float(self._bandwidth.call("measure", threads=self._threads, repeats=3)["bytes_per_second"])
 
     def _decode_eight(self, contender: Contender) -> None:
         prompts = self._prompts(STREAMS, PROMPT)

@@ -42,7 +42,9 @@ def ratios(results: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def read_rate(results: dict[str, Any]) -> float:
     """Median bytes per second that the machine's threads read."""
-    return statistics.median(entry["read"]["bytes_per_second"] for entry in results["rounds"])
+    return statistics.median(
+        sample["read"] for engine in results["engines"].values() for sample in engine["samples"]["decode1"]
+    )
 
 
 def report(results: dict[str, Any]) -> None:
@@ -85,7 +87,7 @@ def _engines(results: dict[str, Any]) -> None:
     rows = []
     for label, engine in results["engines"].items():
         facts = engine["facts"]
-        share = _share_of_bandwidth(results, label)
+        share = _share_of_bandwidth(engine)
         size = f"{facts['bytes_per_token'] / 1e6:.0f} MB"
         engine["share_of_bandwidth"] = share
         rows.append([label, facts["weights"], facts["head"], size, f"{100 * share:.0f} %"])
@@ -93,15 +95,11 @@ def _engines(results: dict[str, Any]) -> None:
     show(f"engines; the machine reads {results['read_bytes_per_second'] / 1e9:.1f} GB/s", header, rows)
 
 
-def _share_of_bandwidth(results: dict[str, Any], label: str) -> float:
-    """Bytes read by decode 1 over what the machine's threads read in the same round: median of all turns."""
-    engine, rounds = results["engines"][label], results["rounds"]
-    samples = engine["samples"]["decode1"]
-    repeats = len(samples) // len(rounds)
+def _share_of_bandwidth(engine: dict[str, Any]) -> float:
+    """Bytes read by decode 1 over what the threads read just before and after: median of all turns."""
     size = engine["facts"]["bytes_per_token"]
     return statistics.median(
-        size * sample["value"] / rounds[turn // repeats]["read"]["bytes_per_second"]
-        for turn, sample in enumerate(samples)
+        size * sample["value"] / sample["read"] for sample in engine["samples"]["decode1"]
     )
 
 

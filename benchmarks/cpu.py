@@ -224,20 +224,24 @@ class Rounds:
         }[metric]
         start = next(self._turns) % len(self._field)
         workers = [contender.worker for contender in self._field] + [self._bandwidth]
-        rate = self._read_rate() if metric == "decode1" else 0.0
         for contender in self._field[start:] + self._field[:start]:
+            before = self._read_rate(contender) if metric == "decode1" else 0.0
             disturbance = Disturbance(contender.worker, workers)
             reply = contender.worker.call("generate", prompts=prompts, new_tokens=new_tokens)
             sample = {"value": value(metric, reply, len(prompts[0])), **disturbance.stop()}
             if metric == "decode1":
-                before, rate = rate, self._read_rate()
-                sample["read"] = (before + rate) / 2
+                sample["read"] = (before + self._read_rate(contender)) / 2
             if keep:
                 contender.samples[metric].append(sample)
 
-    def _read_rate(self) -> float:
-        """Bytes per second that the threads read now: it drifts by a half within seconds."""
-        return float(self._bandwidth.call("measure", threads=self._threads, repeats=3)["bytes_per_second"])
+    def _read_rate(self, contender: Contender) -> float:
+        """Bytes per second that the threads read now, of as many bytes as the contender reads per token.
+
+        It drifts by a half within seconds; and a last cache may hold a part of what is read again and again.
+        """
+        size = contender.facts["bytes_per_token"]
+        reply = self._bandwidth.call("measure", threads=self._threads, num_bytes=size, seconds=0.5)
+        return float(reply["bytes_per_second"])
 
     def _decode_eight(self, contender: Contender) -> None:
         prompts = self._prompts(STREAMS, PROMPT)

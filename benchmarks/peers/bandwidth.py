@@ -8,25 +8,25 @@ from nybble.kernels.cpu.pool import Pool
 from protocol import serve
 from read_loop import ReadLoop
 
-BYTES = 512 << 20  # far beyond a thread's caches
-
 
 class Bandwidth:
-    """The operation."""
+    """The operation. Its memory stays for the next call of the same size."""
 
     def __init__(self) -> None:
-        self._loop: ReadLoop | None = None
+        self._loops: dict[tuple[int, int], ReadLoop] = {}
 
-    def measure(self, threads: int, repeats: int) -> dict[str, Any]:
-        """Median over ``repeats``, in bytes per second."""
-        if self._loop is None:
-            self._loop = ReadLoop(Pool(threads), BYTES)
-        rates = []
-        for _ in range(repeats):
+    def measure(self, threads: int, num_bytes: int, seconds: float) -> dict[str, Any]:
+        """Bytes per second while the same bytes are read for so long: the median of the later half."""
+        key = threads, num_bytes
+        if key not in self._loops:
+            self._loops[key] = ReadLoop(Pool(threads), num_bytes)
+        loop, rates, end = self._loops[key], [], time.perf_counter() + seconds
+        while not rates or time.perf_counter() < end:
             began = time.perf_counter()
-            self._loop()
-            rates.append(BYTES / (time.perf_counter() - began))
-        return {"bytes_per_second": statistics.median(rates), "best": max(rates)}
+            loop()
+            rates.append(num_bytes / (time.perf_counter() - began))
+        later = rates[len(rates) // 2 :]
+        return {"bytes_per_second": statistics.median(later), "best": max(later)}
 
 
 if __name__ == "__main__":

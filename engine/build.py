@@ -61,6 +61,7 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[Engine, Mode
         decoder = Decoder(loaded.config, loaded.weights, Ops.resolve(target), target.activation_dtype)
         model: StepModel = EagerModel(decoder, specs, kv.num_blocks, config.block_size)
     else:
+        progress("kernels", 0, 1, tape.compile_notice())
         known = replace(config, max_model_len=max_model_len)
         model = tape.build_tape_model(loaded, specs, kv.num_blocks, known, num_threads)
         # What is left to torch is small, and its threads would fight the tape's: spinning between their

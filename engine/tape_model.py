@@ -53,6 +53,12 @@ def build_tape_model(
     return TapeModel(loaded.config, loaded.weights, specs, shape, num_threads, limits)
 
 
+def compile_notice() -> str:
+    """For who waits at a first start; "" where kernels of these sources were compiled before."""
+    known = any(use_cache(cache_folder()).iterdir())
+    return "" if known else "compiling kernels for this CPU: some seconds, once"
+
+
 class _Recorded:
     """Parts of a Linear while the decoder is recorded: a PackedLinear over meta tensors."""
 

@@ -173,8 +173,8 @@ def _print_report(report: Json) -> None:
     if prediction["computed"]:
         predicted, measured = (f"{prediction[key]:+.4f}" for key in ("predicted", "measured"))
         typer.echo(
-            f"  predicted       {predicted} nats by gradients, {measured} measured, on "
-            f"{prediction['tokens']} tokens"
+            f"  predicted       {predicted} nats by gradients, where {measured} is "
+            f"measured: on {prediction['tokens']} tokens alone"
         )
     else:
         typer.echo(f"  predicted       not computed: {prediction['reason']}")

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from numba.core import config
 from nybble.engine.build import build_engine
 from nybble.engine.config import EngineConfig
 from nybble.engine.hardware import cpu_features
 from nybble.engine.records import SamplingParams, SequenceOutput
-from nybble.engine.tape_model import TapeModel
+from nybble.engine.tape_model import TapeModel, compile_notice
 from nybble.kernels.cpu.numba_linear import instruction_set
 from nybble.kernels.dispatch import Target
 from tiny_models import save_low_bit, tiny_transformer
@@ -144,3 +145,14 @@ def test_it_is_a_tape_that_runs(tmp_path: Path) -> None:
     )
     assert not isinstance(eager._executor._model, TapeModel)  # type: ignore[attr-defined]
     assert any("--block-size 8" in line for line in lines)
+
+
+def test_who_waits_for_the_first_compilation_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    used = config.CACHE_DIR
+    try:
+        assert "compiling kernels" in compile_notice()
+        Path(config.CACHE_DIR, "a kernel").touch()
+        assert compile_notice() == ""
+    finally:
+        config.CACHE_DIR = used

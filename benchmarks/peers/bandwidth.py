@@ -13,13 +13,16 @@ class Bandwidth:
     """The operation. Its memory stays for the next call of the same size."""
 
     def __init__(self) -> None:
+        self._pools: dict[int, Pool] = {}
         self._loops: dict[tuple[int, int], ReadLoop] = {}
 
     def measure(self, threads: int, num_bytes: int, seconds: float) -> dict[str, Any]:
         """Bytes per second while the same bytes are read for so long: the median of the later half."""
         key = threads, num_bytes
         if key not in self._loops:
-            self._loops[key] = ReadLoop(Pool(threads), num_bytes)
+            if threads not in self._pools:
+                self._pools[threads] = Pool(threads)
+            self._loops[key] = ReadLoop(self._pools[threads], num_bytes)
         loop, rates, end = self._loops[key], [], time.perf_counter() + seconds
         while not rates or time.perf_counter() < end:
             began = time.perf_counter()

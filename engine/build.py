@@ -61,10 +61,10 @@ def build_engine(config: EngineConfig, progress: Progress) -> tuple[Engine, Mode
         decoder = Decoder(loaded.config, loaded.weights, Ops.resolve(target), target.activation_dtype)
         model: StepModel = EagerModel(decoder, specs, kv.num_blocks, config.block_size)
     else:
+        tape.tell_of_compilation(progress)
         known = replace(config, max_model_len=max_model_len)
         model = tape.build_tape_model(loaded, specs, kv.num_blocks, known, num_threads)
-        # What is left to torch is small, and its threads would fight the tape's: spinning between their
-        # calls, as OpenMP's do unless told not to, they halved the speed of eight streams.
+        # torch's threads spin between its few small calls: beside the tape's, they halve 8 streams' speed.
         torch.set_num_threads(1)
     clock.lap("kv_cache" if tape is None else "kernels")  # which are compiled or found, tried, recorded
     runner = Runner(model, eos_token_ids, config.seed)
@@ -124,7 +124,6 @@ def _tape_module(loaded: LoadedModel, config: EngineConfig, progress: Progress, 
         if torch.get_num_threads() > 1 and not waits_are_counted():
             progress("kv cache", 0, 1, "no schedstat: threads stay on beside foreign busy processes")
         module = import_module(".tape_model", __package__)
-        progress("kernels", 0, 1, module.compile_notice())
         clock.lap("kernels")
         return module
     progress("kv cache", 0, 1, f"steps run op by op, not as a tape: {reason}")

@@ -3,7 +3,7 @@
 Imports numba: reached from ``build`` only where the compiled kernels can run.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,10 +53,10 @@ def build_tape_model(
     return TapeModel(loaded.config, loaded.weights, specs, shape, num_threads, limits)
 
 
-def compile_notice() -> str:
-    """For who waits at a first start; "" where kernels of these sources were compiled before."""
-    known = any(use_cache(cache_folder()).iterdir())
-    return "" if known else "compiling kernels for this CPU: some seconds, once"
+def tell_of_compilation(progress: Callable[[str, int, int, str], None]) -> None:
+    """To who waits at a first start: nothing where kernels of these sources were compiled before."""
+    if not any(use_cache(cache_folder()).iterdir()):
+        progress("kernels", 0, 1, "compiling kernels for this CPU: some seconds, once")
 
 
 class _Recorded:

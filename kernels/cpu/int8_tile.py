@@ -9,7 +9,8 @@ Activations come in tiles of ``tokens`` rows: x8 int32 [K / 4, tokens] (a quad o
 symmetric weights, times 1 otherwise.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from llvmlite import ir
@@ -156,36 +157,62 @@ def int8_tiles(
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
         args, first, end, begin, count = arguments[3:]
         emit = Emitter(builder)
-        w, ws, wz, x8, xs, sums, y, _, ldy, groups, _, accumulate = words(emit, args, 12)
-        codes, per_row = emit.scaled(groups, GROUP_BYTES[bits]), emit.scaled(groups, 32)
+        linear = words(emit, args, 12)
         for counts, blocks in emit_streams(builder, count, (first, end), streams_of(isa_)):
             for tokens, number in emit_tiles(builder, count, tiles_for(TILES[isa_], counts)):
                 kernel = Tile(builder, isa_, bits, tokens)
-                m = builder.add(begin, number)
-                at = builder.mul(m, groups)
-                x = [
-                    emit.offset(base, emit.scaled(at, size)) for base, size in ((x8, 32), (xs, 4), (sums, 4))
-                ]
-                out = emit.offset(y, emit.scaled(builder.mul(m, ldy), 4))
-                arrays = ((w, codes, 4), (ws, per_row, 2), (wz, per_row, 2), (out, I64(64), 4))
-                for halves in kernel.passes():
-                    rows = strips(emit, blocks, halves, kernel.lanes, arrays)
-                    _emit_pass(kernel, rows, len(blocks), has_zeros, [*x, ldy, groups, accumulate])
+                emit_passes(kernel, linear, blocks, builder.add(begin, number), has_zeros)
         return context.get_dummy_value()
 
     return types.void(isa, num_bits, asym, *([types.intp] * 5)), codegen
 
 
+@contextmanager
+def _each_group(builder: ir.IRBuilder, groups: ir.Value) -> Iterator[ir.Value]:
+    """The groups of a pass, one after the other."""
+    with cgutils.for_range(builder, groups) as loop:
+        yield loop.index
+
+
+def emit_passes(
+    kernel: Tile,
+    args: list[ir.Value],
+    blocks: list[ir.Value],
+    first_token: ir.Value,
+    asym: bool,
+    each_group: Callable[[ir.IRBuilder, ir.Value], AbstractContextManager[ir.Value]] = _each_group,
+) -> None:
+    """The tile's tokens from ``first_token`` on times some blocks. args: the 12 of ``int8_linear``.
+
+    each_group: the first pass's loops over the groups in ascending order; other work may stand in them.
+    """
+    builder, emit = kernel.builder, kernel.emit
+    w, ws, wz, x8, xs, sums, y, _, ldy, groups, _, accumulate = args
+    codes, per_row = emit.scaled(groups, GROUP_BYTES[kernel.num_bits]), emit.scaled(groups, 32)
+    at = builder.mul(first_token, groups)
+    x = [emit.offset(base, emit.scaled(at, size)) for base, size in ((x8, 32), (xs, 4), (sums, 4))]
+    out = emit.offset(y, emit.scaled(builder.mul(first_token, ldy), 4))
+    arrays = ((w, codes, 4), (ws, per_row, 2), (wz, per_row, 2), (out, I64(64), 4))
+    for index, halves in enumerate(kernel.passes()):
+        rows = strips(emit, blocks, halves, kernel.lanes, arrays)
+        groups_of_pass = (_each_group if index else each_group)(builder, groups)
+        _emit_pass(kernel, rows, len(blocks), asym, (*x, ldy, accumulate), groups_of_pass)
+
+
 def _emit_pass(
-    kernel: Tile, rows: list[list[ir.Value]], num_blocks: int, asym: bool, arguments: list[ir.Value]
+    kernel: Tile,
+    rows: list[list[ir.Value]],
+    num_blocks: int,
+    asym: bool,
+    arguments: tuple[ir.Value, ...],
+    each_group: AbstractContextManager[ir.Value],
 ) -> None:
     """rows: ``strips`` of codes, scales, zero points and outputs, of so many blocks."""
-    x8, xs, sums, ldy, groups, accumulate = arguments
+    x8, xs, sums, ldy, accumulate = arguments
     builder, emit, tokens, lanes = kernel.builder, kernel.emit, kernel.tokens, kernel.lanes
     nothing = ir.Constant(kernel.int_vector, [0] * lanes)
     totals = _totals(kernel, len(rows))
-    with cgutils.for_range(builder, groups) as loop:
-        g = loop.index
+    with each_group as g:
         weights = [emit.offset(w, emit.scaled(g, GROUP_BYTES[kernel.num_bits])) for w, *_ in rows]
         for address in weights[:: len(rows) // num_blocks]:
             for line in range(0, GROUP_BYTES[kernel.num_bits], 64):

@@ -18,13 +18,16 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .abi import word, words
+from .abi import call_kernel, word, words
 from .activations import CHUNK
-from .ir import F32, I8, I16, I32, I64, Emitter, gathers_are_fast
+from .ir import Emitter
 from .l16 import ROWS
-from .overlay_slices import LANES, Slice
+from .overlay_gather import BlockSums, add_to_rows
 from .overlay_tiles import DIRECT, TILE, add_tiles
 from .vectors import literal, load_i32
+
+# Words of the arguments: the residuals' own, then the two kernels, then the linear's.
+RESIDUALS, LINEAR = 16, 18
 
 
 @intrinsic(prefer_literal=True)
@@ -34,77 +37,36 @@ def _add_gathered(typingctx: Any, wide: Any, args: Any, block: Any, token: Any) 
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
         _, args, block, token = arguments
-        emit, vector = Emitter(builder), ir.VectorType(F32, LANES)
+        emit = Emitter(builder)
         x, ldx, _, _, _, y, ldy, _, *arrays = words(emit, args, 16)
         x = emit.offset(x, emit.scaled(builder.mul(token, ldx), 4))
         y = emit.offset(y, emit.scaled(builder.mul(token, ldy), 4), emit.scaled(block, 4 * ROWS))
-        slices = [Slice(emit, wide_, arrays, emit.offset(emit.scaled(block, 2), i)) for i in range(2)]
-        totals = emit.running_sums(vector, len(slices))
-        for part in slices:
-            part.begin()
-        first, second = (part.length(0) for part in slices)
-        steps = builder.select(builder.icmp_signed("<", first, second), second, first)
-        with cgutils.for_range(builder, steps) as loop:
-            for part, total in zip(slices, totals, strict=True):
-                weights, cols = part.step(loop.index)
-                builder.store(emit.fma(weights, _gather(part, x, cols), builder.load(total)), total)
-        for i, (part, total) in enumerate(zip(slices, totals, strict=True)):
-            _add_tails(part, x, total)
-            out = emit.offset(y, 4 * LANES * i)
-            value = part.by_rows(builder.load(total))
-            emit.store(builder.fadd(emit.load(vector, out, 4), value), out, 4)
+        sums = BlockSums(emit, wide_, arrays, x, block)
+        with cgutils.for_range(builder, sums.steps()) as loop:
+            sums.step(loop.index)
+        add_to_rows(emit, y, sums.finish())
         return context.get_dummy_value()
 
     return types.void(wide, *([types.intp] * 3)), codegen
 
 
-def _add_tails(part: Slice, x: ir.Value, total: ir.Value) -> None:
-    """What the rows of a slice have beyond its steps, if any of them has: lane after lane."""
-    emit, builder = part.emit, part.builder
-    (first, _), (_, last) = part.tail(0), part.tail(LANES - 1)
-    with builder.if_then(builder.icmp_signed("<", first, last), likely=False):
-        lane_total = cgutils.alloca_once(builder, F32)
-        for lane in range(LANES):
-            builder.store(builder.extract_element(builder.load(total), I32(lane)), lane_total)
-            first, last = part.tail(lane)
-            with cgutils.for_range(builder, builder.sub(last, first)) as loop:
-                at = builder.add(first, loop.index)
-                place = emit.offset(x, emit.scaled(part.column(part.tail_cols, at), 4))
-                operands = [part.tail_value(at), emit.load(F32, place, 4), builder.load(lane_total)]
-                builder.store(emit.call("llvm.fma.f32", F32, operands), lane_total)
-            changed = builder.insert_element(builder.load(total), builder.load(lane_total), I32(lane))
-            builder.store(changed, total)
-
-
-def _gather(part: Slice, x: ir.Value, cols: ir.Value) -> ir.Value:
-    """x at the next 8 columns."""
-    emit, builder, wide, vector = part.emit, part.builder, part.wide, ir.VectorType(F32, LANES)
-    if gathers_are_fast():
-        places = emit.load(ir.VectorType(I32 if wide else I16, LANES), cols, 2)
-        places = places if wide else builder.zext(places, ir.VectorType(I32, LANES))
-        base = builder.inttoptr(x, ir.PointerType(I8))
-        every = builder.bitcast(emit.constant(I32, -1, LANES), vector)
-        zero = emit.constant(F32, 0.0, LANES)
-        return emit.call("llvm.x86.avx2.gather.d.ps.256", vector, [zero, base, places, every, I8(4)])
-    gathered = ir.Constant(vector, ir.Undefined)
-    for lane in range(LANES):
-        at = emit.scaled(part.column(cols, I64(lane)), 4)
-        gathered = builder.insert_element(gathered, emit.load(F32, emit.offset(x, at), 4), I32(lane))
-    return gathered
-
-
 def overlay_kernel(wide: bool) -> Any:
-    """Adds a weight's residuals to y. Blocks of outputs are the unit of threads, as in the linears.
+    """A linear, and its weight's residuals added to y. Blocks of outputs are the unit of threads.
 
     args: x, ldx (floats), K, xt (as ``tiles_kernel`` writes it), address of the number of tokens, y,
-    ldy (floats), blocks, the arrays of ``OverlayWeight``.
+    ldy (floats), blocks, the arrays of ``OverlayWeight``, the kernel of one token (``int8_overlay``, or 0),
+    the linear's kernel and its arguments.
     """
-    is_wide = int(wide)
+    is_wide, one_at, linear_at, linear_args = int(wide), RESIDUALS, RESIDUALS + 1, 8 * LINEAR
 
-    def overlay(args, thread, num_threads):
+    def linear_and_overlay(args, thread, num_threads):
         tokens = word(word(args, 4), 0)
         blocks = word(args, 7)
         starts = word(args, 8)
+        if tokens == 1 and word(args, one_at) != 0:
+            call_kernel(word(args, one_at), args, thread, num_threads)
+            return
+        call_kernel(word(args, linear_at), args + linear_args, thread, num_threads)
         for begin in range(0, tokens, CHUNK):
             end = min(tokens, begin + CHUNK)
             for n in range(blocks * thread // num_threads, blocks * (thread + 1) // num_threads):
@@ -125,4 +87,4 @@ def overlay_kernel(wide: bool) -> Any:
                             add_tiles(3, is_wide, args, i, m, 3 * TILE)
                         m += 3 * TILE
 
-    return overlay
+    return linear_and_overlay

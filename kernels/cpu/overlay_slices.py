@@ -117,18 +117,22 @@ class Slice:
         """Before the first step."""
         self.builder.store(I64(0), self._at)
 
-    def step(self, index: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """The lanes' values (0 where they have none) and where their columns lie; moves on."""
+    def step(self, index: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """The lanes' values (0 where they have none), where their columns lie and the values; moves on.
+
+        A step beyond the longest lane gives zeros, at columns of the next slice or behind the last.
+        """
         emit, builder = self.emit, self.builder
         at = builder.load(self._at)
         now = emit.splat(builder.trunc(index, I32), LANES)
         there = builder.icmp_signed(">", self._longer, now)
-        halves = emit.load(ir.VectorType(F16, LANES), emit.offset(self._values, emit.scaled(at, 2)), 2)
+        values = emit.offset(self._values, emit.scaled(at, 2))
+        halves = emit.load(ir.VectorType(F16, LANES), values, 2)
         weights = builder.fpext(halves, ir.VectorType(F32, LANES))
         weights = builder.select(there, weights, emit.constant(F32, 0.0, LANES))
         count = emit.zext(builder.ctpop(builder.bitcast(there, I8)))
         builder.store(builder.add(at, count), self._at)
-        return weights, emit.offset(self._cols, emit.scaled(at, 4 if self.wide else 2))
+        return weights, emit.offset(self._cols, emit.scaled(at, 4 if self.wide else 2)), values
 
     def column(self, columns: ir.Value, index: ir.Value) -> ir.Value:
         """columns[index]."""

@@ -121,7 +121,7 @@ def add_tiles(
         for part in (range(i, i + together) for i in range(0, LANES, together)):
             walk.begin()
             with cgutils.for_range(builder, walk.length(part[0])) as loop:
-                weights, here = walk.step(loop.index)
+                weights, here, _ = walk.step(loop.index)
                 for lane in part:
                     add(lane, _lane(builder, weights, lane), walk.column(here, I64(lane)))
         for lane in range(LANES):

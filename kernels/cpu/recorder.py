@@ -14,6 +14,7 @@ from . import (
     exact_linear,
     int8_batch,
     int8_linear,
+    int8_overlay,
     overlay,
     overlay_tiles,
     paged_attention,
@@ -178,12 +179,11 @@ class Recorder:
             args = (weight.values, 0, 0, ordered, _ld(ordered), tokens, out, _ld(out), *shape)
         else:
             kernel, args = self._low_bit(weight, x, out, activations)
-        add = None
         if isinstance(weight, LowBitWeight) and weight.overlay is not None:
-            add = self._overlay(weight.overlay, x, out, weight.blocks)
+            one = self._one_token(weight, weight.overlay, activations)
+            args = (*self._residuals(weight.overlay, x, out, weight.blocks), one, kernel.address, *args)
+            kernel = self.kernels.get(overlay.overlay_kernel, weight.overlay.wide)
         self._call(kernel, args, BY_COLUMNS)
-        if add is not None:
-            self._calls.append(add)
 
     def _low_bit(
         self, weight: LowBitWeight, x: Tensor, out: Tensor, activations: str
@@ -214,11 +214,17 @@ class Recorder:
         args = (*weights, ordered, _ld(ordered), tokens, out, _ld(out), *shape)
         return get(exact_linear.exact_kernel, isa, bits, FLOAT32, asym), args
 
-    def _overlay(self, weight: OverlayWeight, x: Tensor, out: Tensor, blocks: int) -> Call:
-        """The call that adds residuals, each thread to the outputs that it computed itself."""
-        kernel = self.kernels.get(overlay.overlay_kernel, weight.wide)
+    def _one_token(self, weight: LowBitWeight, entries: OverlayWeight, activations: str) -> int:
+        """The kernel of one token for a linear with residuals, or 0 where there is none."""
+        if activations != "int8" or weight.sparse:
+            return 0
+        traits = (self.kernels.vectors, weight.num_bits, weight.zeros is not None, entries.wide)
+        return int(self.kernels.get(int8_overlay.one_token_kernel, *traits).address)
+
+    def _residuals(self, entries: OverlayWeight, x: Tensor, out: Tensor, blocks: int) -> tuple[Any, ...]:
+        """The arguments of residuals, those of ``overlay_kernel`` before the kernels."""
         head = (x, _ld(x), x.shape[1], self._tiled(x), self.inputs.tokens, out, _ld(out), blocks)
-        return Call(kernel, (*head, *weight.arrays), BY_COLUMNS, follows=True)
+        return (*head, *entries.arrays)
 
     def _tiled(self, x: Tensor) -> Tensor:
         """x in tiles of 8 tokens; shared by all weights over it."""

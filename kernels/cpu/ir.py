@@ -11,7 +11,7 @@ from llvmlite import binding as llvm
 from llvmlite import ir
 from numba.core import cgutils, config
 
-I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+I1, I8, I16, I32, I64 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 F16, F32 = ir.HalfType(), ir.FloatType()
 
 
@@ -37,7 +37,7 @@ def compiled_for_zen() -> bool:
 
 
 def gathers_are_fast() -> bool:
-    """Whether the CPU that code is compiled for gathers 8 floats faster than 8 loads do.
+    """Whether the CPU that code is compiled for gathers floats faster than loads do; it has AVX-512 then.
 
     Intel's do from those on that have AMX; the microcode of earlier ones makes gathers slow (gather data
     sampling), and on Zen 5 they were slower than loads.

@@ -215,10 +215,13 @@ class Recorder:
         return get(exact_linear.exact_kernel, isa, bits, FLOAT32, asym), args
 
     def _one_token(self, weight: LowBitWeight, entries: OverlayWeight, activations: str) -> int:
-        """The kernel of one token for a linear with residuals, or 0 where there is none."""
-        if activations != "int8" or weight.sparse:
+        """The kernel of one token for a linear with residuals, or 0 where there is none.
+
+        AVX2's registers hold no more than the linear: beside it residuals cost what they cost behind it.
+        """
+        if activations != "int8" or weight.sparse or self.kernels.vectors == AVX2:
             return 0
-        traits = (self.kernels.vectors, weight.num_bits, weight.zeros is not None, entries.wide)
+        traits = (weight.num_bits, weight.zeros is not None, entries.wide)
         return int(self.kernels.get(int8_overlay.one_token_kernel, *traits).address)
 
     def _residuals(self, entries: OverlayWeight, x: Tensor, out: Tensor, blocks: int) -> tuple[Any, ...]:

@@ -163,6 +163,17 @@ def test_the_lowest_id_wins_a_tie() -> None:
     assert sampled_from(table, [state(temperature=0.0)])[0].token_id == 8
 
 
+def test_plain_rows_are_taken_as_they_were_found() -> None:
+    """No look at the values: they are not even there."""
+    found = Logits(None, [True, False, True], [31, 5, 8])  # type: ignore[arg-type]
+    of = [{}, {"seed": 3, "top_k": 5}, {"min_tokens": 2, "outputs": (4, 4)}]
+    tokens = Sampler(EOS).sample(found, [state(temperature=0.0, **fields) for fields in of])
+    assert tokens == [Sampled(31, None, True), Sampled(5, None, False), Sampled(8, None, True)]
+    ruled = ("logprobs", 0), ("logit_bias", {3: 1.0}), ("min_tokens", 2), ("presence_penalty", 0.1)
+    assert not any(state(temperature=0.0, **dict([field])).is_plain for field in ruled)
+    assert not state().is_plain
+
+
 def test_ties_at_the_edge_of_a_filter_all_stay() -> None:
     row = torch.full((VOCAB,), -20.0)
     row[[3, 5, 8, 13]] = 1.0

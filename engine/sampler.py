@@ -121,9 +121,12 @@ class Sampler:
         Plain rows touch no tensor: on a CPU every torch call of a small model's step takes 15 to 40 us,
         because weights have just swept its code out of the caches.
         """
-        rows = zip(logits.largest, logits.finite, strict=True)
-        found = [Sampled(token_id, None, finite) for token_id, finite in rows]
-        ruled = [row for row, state in enumerate(states) if not state.is_plain]
+        found: list[Sampled] = []
+        ruled: list[int] = []
+        for state, token_id, finite in zip(states, logits.largest, logits.finite, strict=True):
+            if not state.is_plain:
+                ruled.append(len(found))
+            found.append(Sampled(token_id, None, finite))
         if ruled:
             sampled = self._by_rules(logits.rows(ruled), [states[row] for row in ruled])
             for row, own in zip(ruled, sampled, strict=True):

@@ -162,6 +162,7 @@ class TapeModel:
         self._caches = _allocate(specs, num_blocks, block_size)
         self._rotary = _RotaryTable(config, max_positions)
         self._tables: _Tables = {}
+        self._num_rows = 0  # of the latest step
         self._finite = np.zeros(max_tokens, np.bool_)
         kernels = kernels_for(isa)
         tied = _dense_head(weights["lm_head"]) if config.tie_word_embeddings else None
@@ -203,7 +204,7 @@ class TapeModel:
     def forward(self, token_ids: Sequence[int], groups: Sequence[Sequence[PagedSequence]]) -> None:
         """See StepModel."""
         inputs, count = self._inputs, len(token_ids)
-        inputs.tokens[0] = count
+        inputs.tokens[0] = self._num_rows = count
         inputs.token_ids[:count] = token_ids
         for s in groups[0]:
             if s.count == 1:
@@ -243,7 +244,7 @@ class TapeModel:
 
     def finite(self) -> list[bool]:
         """See StepModel."""
-        rows: list[bool] = self._finite[: self._inputs.tokens[0]].tolist()
+        rows: list[bool] = self._finite[: self._num_rows].tolist()
         return rows
 
     def logits(self, rows: Sequence[int]) -> Logits:

@@ -253,7 +253,7 @@ def kernel_call(kernel: Callable[..., None], args: list[int], pool: Pool) -> Cal
     words = np.array(args, np.int64)
     records = np.zeros((1, RECORD_WORDS), np.int64)
     records[0, :3] = compiled.address, words.ctypes.data, 1
-    return lambda kept=(compiled, words): pool.run(records, 1)
+    return lambda kept=(compiled, words): pool.run(records.ctypes.data, 1)
 
 
 def report(isa: str, results: list[dict[str, Any]]) -> None:

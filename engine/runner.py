@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from ..kernels.paged import PagedSequence
 from .plan import PENDING, SampledOutput, ScheduledSequence, StepPlan
@@ -83,7 +82,6 @@ class Runner:
             first = self._queue.popleft()
             first.outputs = self._run(first.plan)
 
-    @torch.inference_mode()
     def _run(self, plan: StepPlan) -> list[SampledOutput]:
         for seq_id in plan.finished:
             self._states.pop(seq_id, None)
@@ -112,26 +110,23 @@ class Runner:
 
     def _compute(self, work: Sequence[_Work]) -> dict[int, SampledOutput]:
         """What the step finds for each sequence; nothing of use for those that break in it."""
-        hidden = self._forward(work)
-        self._find_broken(hidden, work)
+        self._forward(work)
+        self._find_broken(work)
         scores = {
-            w.plan.seq_id: self._score_prompt(hidden, w)
+            w.plan.seq_id: self._score_prompt(w)
             for w in work
             if w.plan.prompt_logprob_targets and w.plan.seq_id not in self._broken
         }
-        sampled = self._sample(
-            hidden, [w for w in work if w.plan.samples and w.plan.seq_id not in self._broken]
-        )
-        return {
-            w.plan.seq_id: replace(
-                sampled.get(w.plan.seq_id, SampledOutput(w.plan.seq_id)),
-                prompt_logprobs=scores.get(w.plan.seq_id, ()),
-            )
-            for w in work
-        }
+        found = self._sample([w for w in work if w.plan.samples and w.plan.seq_id not in self._broken])
+        for w in work:
+            seq_id = w.plan.seq_id
+            found.setdefault(seq_id, SampledOutput(seq_id))
+            if seq_id in scores:
+                found[seq_id] = replace(found[seq_id], prompt_logprobs=scores[seq_id])
+        return found
 
-    def _forward(self, work: Sequence[_Work]) -> Tensor:
-        """[T, H]: the final hidden states of all the step's tokens; their K and V are in the cache then."""
+    def _forward(self, work: Sequence[_Work]) -> None:
+        """Compute all the step's tokens; their K and V are in the cache then."""
         token_ids: list[int] = []
         for w in work:
             token_ids += w.plan.token_ids
@@ -144,31 +139,29 @@ class Runner:
             ]
             for tables in zip(*(w.plan.block_tables for w in work), strict=True)
         ]
-        return self._model.forward(token_ids, groups)
+        self._model.forward(token_ids, groups)
 
-    def _find_broken(self, hidden: Tensor, work: Sequence[_Work]) -> None:
+    def _find_broken(self, work: Sequence[_Work]) -> None:
         """Note the sequences with a NaN or an infinity, and erase what they have just written to the cache.
 
-        Without this, one sequence's overflow could spread. A bad K or V always shows in ``hidden``, because
-        each token attends to itself.
+        Without this, one sequence's overflow could spread. A bad K or V always shows in the hidden state,
+        because each token attends to itself.
         """
-        if math.isfinite(float(hidden.sum())):
+        finite = self._model.finite()
+        if all(finite):
             return
-        finite = hidden.isfinite().all(-1).tolist()
         for w in work:
             if not all(finite[w.first : w.last + 1]):
                 self._broken.add(w.plan.seq_id)
                 self._model.erase(w.first, w.last + 1)
 
-    def _sample(self, hidden: Tensor, work: Sequence[_Work]) -> dict[int, SampledOutput]:
+    def _sample(self, work: Sequence[_Work]) -> dict[int, SampledOutput]:
         """One token for each of ``work``, booked in its state."""
         outputs: dict[int, SampledOutput] = {}
         for begin in range(0, len(work), self._logit_rows):
             piece = work[begin : begin + self._logit_rows]
-            rows = [w.last for w in piece]
-            whole = len(rows) == hidden.shape[0]
-            chosen = hidden if whole else hidden[rows]
-            sampled = self._sampler.sample(self._model.logits(chosen), [w.state for w in piece])
+            logits = self._model.logits([w.last for w in piece])
+            sampled = self._sampler.sample(logits, [w.state for w in piece])
             for w, row in zip(piece, sampled, strict=True):
                 seq_id = w.plan.seq_id
                 if not row.finite:
@@ -179,14 +172,16 @@ class Runner:
                 outputs[seq_id] = SampledOutput(seq_id, (row.token_id,), logprobs)
         return outputs
 
-    def _score_prompt(self, hidden: Tensor, work: _Work) -> tuple[TokenLogprobs, ...]:
+    @torch.inference_mode()
+    def _score_prompt(self, work: _Work) -> tuple[TokenLogprobs, ...]:
         targets = work.plan.prompt_logprob_targets
         count = work.state.params.prompt_logprobs or 0
         found: list[TokenLogprobs] = []
         for begin in range(0, len(targets), self._logit_rows):
             piece = targets[begin : begin + self._logit_rows]
-            rows = hidden[work.first + begin : work.first + begin + len(piece)]
-            found += score_tokens(self._model.logits(rows), piece, count)
+            first = work.first + begin
+            logits = self._model.logits(range(first, first + len(piece)))
+            found += score_tokens(logits.values, piece, count)
         if not all(math.isfinite(score.logprob) for score in found):
             self._broken.add(work.plan.seq_id)
         return tuple(found)

@@ -30,11 +30,11 @@ class ScoringModel(Protocol):
     vocab_size: int
     device: str
 
-    def hidden(self, windows: list[Window]) -> Tensor:
-        """[T, H] of the windows' tokens, one window after another; valid until the next call."""
+    def read(self, windows: list[Window]) -> None:
+        """Compute the windows' tokens: a row each, one window after another."""
 
-    def logprobs(self, hidden: Tensor) -> Tensor:
-        """[T, H] -> [T, vocab] fp32."""
+    def logprobs(self, rows: Tensor) -> Tensor:
+        """[R] of what was read last -> [R, vocab] fp32."""
 
 
 class Scorer:
@@ -53,17 +53,18 @@ class Scorer:
         self.weight_bytes = loaded.report.weight_bytes
         self._ops = Ops.resolve(loaded.target)
         self._decoder = Decoder(loaded.config, loaded.weights, self._ops, loaded.target.activation_dtype)
+        self._hidden = torch.empty(0, loaded.config.hidden_size)
 
-    def hidden(self, windows: list[Window]) -> Tensor:
-        """[T, H] of the windows' tokens, one window after another."""
+    def read(self, windows: list[Window]) -> None:
+        """See ScoringModel."""
         lengths = [len(window.token_ids) for window in windows]
         token_ids = torch.tensor([i for w in windows for i in w.token_ids], device=self.device)
         positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
-        return self._decoder(token_ids, positions, causal_attend(self.config, self._ops, lengths))
+        self._hidden = self._decoder(token_ids, positions, causal_attend(self.config, self._ops, lengths))
 
-    def logprobs(self, hidden: Tensor) -> Tensor:
-        """[T, H] -> [T, vocab] fp32."""
-        return self._decoder.logits(hidden).log_softmax(-1)
+    def logprobs(self, rows: Tensor) -> Tensor:
+        """See ScoringModel."""
+        return self._decoder.logits(self._hidden[rows.to(self.device)]).log_softmax(-1)
 
 
 class ServedScorer:
@@ -87,7 +88,7 @@ class ServedScorer:
         self._block_size = config.block_size
         self._model, self._num_groups = _step_model(loaded, config, log)
 
-    def hidden(self, windows: list[Window]) -> Tensor:
+    def read(self, windows: list[Window]) -> None:
         """See ScoringModel."""
         sequences: list[PagedSequence] = []
         first = block = 0
@@ -97,11 +98,11 @@ class ServedScorer:
             sequences.append(PagedSequence(first, count, 0, table))
             first, block = first + count, block + len(table)
         token_ids = [i for window in windows for i in window.token_ids]
-        return self._model.forward(token_ids, [sequences] * self._num_groups)
+        self._model.forward(token_ids, [sequences] * self._num_groups)
 
-    def logprobs(self, hidden: Tensor) -> Tensor:
+    def logprobs(self, rows: Tensor) -> Tensor:
         """See ScoringModel."""
-        return self._model.logits(hidden).log_softmax(-1)
+        return self._model.logits(rows.tolist()).values.log_softmax(-1)
 
 
 def _check_rounded(loaded: LoadedModel, activations: CpuActivations) -> None:
@@ -144,14 +145,13 @@ def score_windows(
     with torch.inference_mode():
         for batch in batches_of(windows):
             rows, targets, ends = scored_rows(batch)
-            hidden = model.hidden(batch)[rows.to(model.device)]
-            reference = None if original is None else original.hidden(batch)[rows.to(original.device)]
+            model.read(batch)
+            if original is not None:
+                original.read(batch)
             for start in range(0, len(rows), LOGIT_ROWS):
                 part = slice(start, start + LOGIT_ROWS)
-                others = None
-                if original is not None and reference is not None:
-                    others = original.logprobs(reference[part])
-                score.add(model.logprobs(hidden[part]), targets[part], ends[part], others)
+                others = None if original is None else original.logprobs(rows[part])
+                score.add(model.logprobs(rows[part]), targets[part], ends[part], others)
             progress("score", score.num_tokens, total)
     score.refuse_not_finite("use more bits, another method, or --dtype float32")
     return score

@@ -12,6 +12,7 @@ from ..kernels.dispatch import Target
 from ..kernels.paged import AttentionPlan, PagedSequence, PlanOptions, plan_attention
 from .model.decoder import Decoder
 from .records import KVSpec
+from .sampler import Logits
 
 TAPE_KERNELS = frozenset({"cpu-int8-24", "cpu-int8", "cpu-bf16", "cpu-fp32", "cpu-dense"})
 _GATHER_BYTES = 64 << 20  # one padded batch of gathered pages of one layer
@@ -26,14 +27,17 @@ class StepModel(Protocol):
     def kv_bytes(self) -> int:
         """Bytes of the KV cache, touched or not."""
 
-    def forward(self, token_ids: Sequence[int], groups: Sequence[Sequence[PagedSequence]]) -> Tensor:
-        """[T, H]: final hidden states of a step's tokens, valid until the next; their K and V are cached.
+    def forward(self, token_ids: Sequence[int], groups: Sequence[Sequence[PagedSequence]]) -> None:
+        """Compute a step's tokens, a row each: their K and V are cached, their final hidden states are kept.
 
         ``groups``: for each KV group, which rows belong to which sequence and its block table.
         """
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[R, H] -> [R, vocab] fp32, valid until the next call."""
+    def finite(self) -> list[bool]:
+        """Of each row of the latest ``forward``: whether its hidden state is free of NaN and infinity."""
+
+    def logits(self, rows: Sequence[int]) -> Logits:
+        """Of at least one row of the latest ``forward``; the values are valid until the next call."""
 
     def erase(self, first: int, last: int) -> None:
         """Zero the K and V that rows [first, last) of the latest ``forward`` wrote: they are not finite."""
@@ -96,13 +100,15 @@ class EagerModel:
         assert sorted(self._layers) == list(range(decoder.config.num_layers))
         self._scale = 1 / math.sqrt(decoder.config.head_dim)
         self._plans: list[AttentionPlan] = []
+        self._hidden = torch.empty(0, decoder.config.hidden_size)
 
     @property
     def kv_bytes(self) -> int:
         """See StepModel."""
         return sum(cache.numel() * cache.element_size() for cache in self._caches)
 
-    def forward(self, token_ids: Sequence[int], groups: Sequence[Sequence[PagedSequence]]) -> Tensor:
+    @torch.inference_mode()
+    def forward(self, token_ids: Sequence[int], groups: Sequence[Sequence[PagedSequence]]) -> None:
         """See StepModel."""
         plans = self._plans = [self._plan_group(group, s) for group, s in enumerate(groups)]
         ops = self._decoder.ops
@@ -115,12 +121,26 @@ class EagerModel:
 
         positions = [p for s in groups[0] for p in range(s.start, s.start + s.count)]
         ids = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
-        return self._decoder(ids, torch.tensor(positions, dtype=torch.int64, device=self._device), attend)
+        places = torch.tensor(positions, dtype=torch.int64, device=self._device)
+        self._hidden = self._decoder(ids, places, attend)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    @torch.inference_mode()
+    def finite(self) -> list[bool]:
+        """See StepModel. By the sum of all, which is cheaper, unless that overflows."""
+        if math.isfinite(float(self._hidden.sum())):
+            return [True] * len(self._hidden)
+        exact: list[bool] = self._hidden.isfinite().all(-1).tolist()
+        return exact
+
+    @torch.inference_mode()
+    def logits(self, rows: Sequence[int]) -> Logits:
         """See StepModel."""
-        return self._decoder.logits(hidden)
+        first, end = rows[0], rows[0] + len(rows)
+        neighbours = list(rows) == list(range(first, end))  # then nothing is copied
+        hidden = self._hidden[first:end] if neighbours else self._hidden[list(rows)]
+        return Logits.of(self._decoder.logits(hidden))
 
+    @torch.inference_mode()
     def erase(self, first: int, last: int) -> None:
         """See StepModel. A masked slot takes part in attention times zero, and zero times NaN is NaN."""
         for cache, plan in zip(self._caches, self._plans, strict=True):

@@ -4,6 +4,7 @@ Imports numba: reached from ``build`` only where the compiled kernels can run.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ..kernels.cpu.compiled import CompiledLinear, kernels_for
 from ..kernels.cpu.paged_attention import SPAN_ROWS
 from ..kernels.cpu.pool import Pool
 from ..kernels.cpu.recorder import PagedCache, Recorder
+from ..kernels.cpu.row_results import decoded
 from ..kernels.cpu.self_test import wrong_kernels
 from ..kernels.cpu.tape import GroupInputs, Inputs, Tape
 from ..kernels.cpu.weights import DenseWeight
@@ -28,9 +30,12 @@ from .model.decoder import Decoder
 from .model.layers import Linear, RotaryEmbedding
 from .model.loader import LoadedModel
 from .records import KVSpec
+from .sampler import Logits
 
 _HEAD_ROWS = 64  # rows that go through the output head at once
 _ROTARY_CHUNK = 4096  # positions whose angles are computed when the first of them is needed
+# A block table by its identity: itself, as an array of int32, the array's address.
+_Tables = dict[int, tuple[tuple[int, ...], np.ndarray, int]]
 
 
 def build_tape_model(
@@ -130,7 +135,8 @@ class _RotaryTable:
 class TapeModel:
     """A step model: token ids and pages in, hidden states and logits out; holds the KV cache.
 
-    Pages are laid out for the compiled attention, see ``kernels/cpu/paged_attention.py``.
+    Pages are laid out for the compiled attention, see ``kernels/cpu/paged_attention.py``. A step calls no
+    torch: see ``Sampler.sample``.
     """
 
     def __init__(
@@ -155,14 +161,16 @@ class TapeModel:
         self._pool = Pool(num_threads)
         self._caches = _allocate(specs, num_blocks, block_size)
         self._rotary = _RotaryTable(config, max_positions)
-        self._tables: dict[int, tuple[tuple[int, ...], np.ndarray]] = {}
+        self._tables: _Tables = {}
+        self._num_rows = 0  # of the latest step
+        self._finite = np.zeros(max_tokens, np.bool_)
         kernels = kernels_for(isa)
         tied = _dense_head(weights["lm_head"]) if config.tie_word_embeddings else None
         self._body = self._record_body(Recorder(kernels, self._inputs, num_threads, tied), weights)
-        self._head_inputs = Inputs(_HEAD_ROWS)
-        self._head_hidden = torch.zeros(_HEAD_ROWS, config.hidden_size)
-        recorder = Recorder(kernels, self._head_inputs, num_threads)
-        self._head = recorder.finish(_Recorded(recorder, _compiled_parts(head))(self._head_hidden))
+        self._head_inputs = Inputs(_HEAD_ROWS)  # its token ids are rows of the body's output
+        self._keys = np.zeros(_HEAD_ROWS, np.int64)
+        self._head = self._record_head(Recorder(kernels, self._head_inputs, num_threads), head)
+        self._values = [self._head.output[:count] for count in range(_HEAD_ROWS + 1)]
 
     def _record_body(self, recorder: Recorder, weights: Mapping[str, Linear | Tensor]) -> Tape:
         recorded = {
@@ -178,48 +186,55 @@ class TapeModel:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return recorder.attend(self._caches[layer], q, k, v)
 
-        return recorder.finish(decoder(nothing, nothing, attend))
+        hidden = decoder(nothing, nothing, attend)
+        recorder.finite(hidden, self._finite)
+        return recorder.finish(hidden)
+
+    def _record_head(self, recorder: Recorder, head: Linear) -> Tape:
+        parts = _compiled_parts(head)
+        logits = _Recorded(recorder, parts)(recorder.choose(self._body.output, self._keys))
+        recorder.largest(logits, self._keys, follows=len(parts) == 1)
+        return recorder.finish(logits)
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of the KV cache, touched or not."""
         return sum(cache.keys.nbytes + cache.values.nbytes for cache in self._caches)
 
-    def forward(self, token_ids: Sequence[int], groups: Sequence[Sequence[PagedSequence]]) -> Tensor:
-        """[T, H]: see StepModel. Valid until the next call."""
+    def forward(self, token_ids: Sequence[int], groups: Sequence[Sequence[PagedSequence]]) -> None:
+        """See StepModel."""
         inputs, count = self._inputs, len(token_ids)
-        inputs.tokens[0] = count
+        inputs.tokens[0] = self._num_rows = count
         inputs.token_ids[:count] = token_ids
-        for sequence in groups[0]:
-            rows = slice(sequence.first, sequence.first + sequence.count)
-            inputs.positions[rows] = np.arange(sequence.start, sequence.start + sequence.count)
-            self._rotary.reach(sequence.start + sequence.count - 1)
-        tables = {}
+        for s in groups[0]:
+            if s.count == 1:
+                inputs.positions[s.first] = s.start
+            else:
+                inputs.positions[s.first : s.first + s.count] = np.arange(s.start, s.start + s.count)
+            self._rotary.reach(s.start + s.count - 1)
+        tables: _Tables = {}
         for group, sequences in zip(inputs.groups, groups, strict=True):
             tables.update(self._fill(group, sequences))
         self._tables = tables
         self._body.run(self._pool)
-        return self._body.output[:count]
 
-    def _fill(
-        self, group: GroupInputs, sequences: Sequence[PagedSequence]
-    ) -> dict[int, tuple[tuple[int, ...], np.ndarray]]:
+    def _fill(self, group: GroupInputs, sequences: Sequence[PagedSequence]) -> _Tables:
         """Slots and spans of one KV group. Returns the block tables as arrays: their addresses are in use."""
-        used = {}
+        used: _Tables = {}
         size, num_spans = self._block_size, 0
         for s in sequences:
             # The scheduler hands out the same tuple until a table grows.
             known = self._tables.get(id(s.block_table))
             if known is None or known[0] is not s.block_table:
-                known = (s.block_table, np.array(s.block_table, np.int32))
+                array = np.array(s.block_table, np.int32)
+                known = (s.block_table, array, array.ctypes.data)
             used[id(s.block_table)] = known
-            table = known[1]
+            _, table, address = known
             if s.count == 1:
                 group.slots[s.first] = s.block_table[s.start // size] * size + s.start % size
             else:
                 positions = np.arange(s.start, s.start + s.count)
                 group.slots[s.first : s.first + s.count] = table[positions // size] * size + positions % size
-            address = table.ctypes.data
             for row in range(0, s.count, SPAN_ROWS):
                 rows = min(SPAN_ROWS, s.count - row)
                 group.spans[num_spans] = s.first + row, rows, s.start + row, address
@@ -227,18 +242,29 @@ class TapeModel:
         group.num_spans[0] = num_spans
         return used
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[R, H] -> [R, vocab] fp32; a result of at most 64 rows is valid until the next call."""
+    def finite(self) -> list[bool]:
+        """See StepModel."""
+        rows: list[bool] = self._finite[: self._num_rows].tolist()
+        return rows
+
+    def logits(self, rows: Sequence[int]) -> Logits:
+        """See StepModel."""
+        if len(rows) <= _HEAD_ROWS:
+            return self._few_logits(rows)
         pieces = []
-        for begin in range(0, hidden.shape[0], _HEAD_ROWS):
-            piece = hidden[begin : begin + _HEAD_ROWS]
-            self._head_hidden[: len(piece)] = piece
-            self._head_inputs.tokens[0] = len(piece)
-            self._head.run(self._pool)
-            pieces.append(self._head.output[: len(piece)])
-            if hidden.shape[0] > _HEAD_ROWS:
-                pieces[-1] = pieces[-1].clone()
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        for begin in range(0, len(rows), _HEAD_ROWS):
+            piece = self._few_logits(rows[begin : begin + _HEAD_ROWS])
+            pieces.append(replace(piece, values=piece.values.clone()))
+        finite, largest = [f for p in pieces for f in p.finite], [i for p in pieces for i in p.largest]
+        return Logits(torch.cat([piece.values for piece in pieces]), finite, largest)
+
+    def _few_logits(self, rows: Sequence[int]) -> Logits:
+        count = len(rows)
+        self._head_inputs.tokens[0] = count
+        self._head_inputs.token_ids[:count] = rows
+        self._head.run(self._pool)
+        largest, finite = decoded(self._keys[:count].tolist())
+        return Logits(self._values[count], finite, largest)
 
     def erase(self, first: int, last: int) -> None:
         """See StepModel."""

@@ -65,5 +65,5 @@ class ReadLoop:
 
     def __call__(self) -> None:
         self._out[:] = 0
-        self._pool.run(self._records, 1)
+        self._pool.run(self._records.ctypes.data, 1)
         assert (self._out[:64] == 1).all()  # a contended pool has one thread read all

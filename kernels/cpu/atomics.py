@@ -49,6 +49,17 @@ def atomic_add(typingctx: Any, address: Any, value: Any) -> Any:
 
 
 @intrinsic
+def atomic_max(typingctx: Any, address: Any, value: Any) -> Any:
+    """Raise an int64 to ``value`` if it is lower."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        builder.atomic_rmw("max", _pointer(builder, arguments[0]), arguments[1], "monotonic")
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.int64), codegen
+
+
+@intrinsic
 def _pause(typingctx: Any) -> Any:
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
         function = ir.FunctionType(ir.VoidType(), [])

@@ -147,12 +147,12 @@ class _Workers:
                 raise RuntimeError("the pool is closed")
             if self._memory is None:
                 self._start()
-            began, threads = time.monotonic(), self._count + 1
-            if threads > 1 and self._contention.alone(began):
-                threads = 1
-            self._run_tape(self._control, tape, length, threads)
-            if threads > 1:
-                self._contention.ran(time.monotonic() - began)
+            began = time.monotonic()
+            if self._count == 0 or self._contention.alone(began):
+                self._run_tape(self._control, tape, length, 1)
+                return
+            self._run_tape(self._control, tape, length, self._count + 1)
+            self._contention.ran(time.monotonic() - began)
 
     def close(self) -> None:
         """Wait for a run in progress, stop the threads, and wait until none reads the control block."""
@@ -176,9 +176,9 @@ class Pool:
         self._workers = _Workers(num_threads - 1, spin)
         self.close = weakref.finalize(self, self._workers.close)
 
-    def run(self, tape: NDArray[np.int64], length: int) -> None:
-        """Replay ``length`` records; returns when all are done. Callers take turns.
+    def run(self, tape: int, length: int) -> None:
+        """Replay ``length`` records at an address; returns when all are done. Callers take turns.
 
         RuntimeError: the pool is closed.
         """
-        self._workers.run(tape.ctypes.data, length)
+        self._workers.run(tape, length)

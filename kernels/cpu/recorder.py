@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import (
@@ -18,6 +19,7 @@ from . import (
     overlay,
     overlay_tiles,
     paged_attention,
+    row_results,
     rows,
     sparse24,
 )
@@ -135,6 +137,25 @@ class Recorder:
         args = (x, _ld(x), width, out, _ld(out), self.inputs.tokens)
         self._call(self.kernels.get(rows.silu_kernel), args, BY_ROWS)
         return out
+
+    def finite(self, x: Tensor, out: NDArray[np.bool_]) -> None:
+        """Note of each row of x whether it is finite. out: [max_tokens]."""
+        args = (x, _ld(x), x.shape[1], self.inputs.tokens, out)
+        self._call(self.kernels.get(row_results.finite_kernel), args, BY_ROWS)
+
+    def choose(self, x: Tensor, keys: NDArray[np.int64]) -> Tensor:
+        """Rows of x, a tensor with memory, by their indices in ``inputs.token_ids``; begins their keys."""
+        width = x.shape[1]
+        out = self.buffer(width)
+        args = (self.inputs.token_ids, self.inputs.tokens, x, _ld(x), width, out, _ld(out), keys)
+        self._call(self.kernels.get(row_results.choose_kernel), args, BY_ROWS)
+        return out
+
+    def largest(self, logits: Tensor, keys: NDArray[np.int64], follows: bool) -> None:
+        """Complete the keys of rows, see ``row_results``. follows: the call before computed the logits."""
+        args = (logits, _ld(logits), logits.shape[1], self.inputs.tokens, keys)
+        kernel = self.kernels.get(row_results.largest_kernel)
+        self._calls.append(Call(kernel, args, BY_COLUMNS, follows))
 
     def attend(self, cache: PagedCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k, v [T, Hkv, D] to their slots and attend with q [T, Hq, D]; returns [T, Hq * D]."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from nybble.engine.records import SamplingParams
-from nybble.engine.sampler import Sampler, SamplingState, score_tokens
+from nybble.engine.sampler import Logits, Sampled, Sampler, SamplingState, score_tokens
 
 VOCAB = 50
 EOS = (0, 7)
@@ -24,6 +24,10 @@ def state(
 
 def logits(rows: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
     return 2 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
+
+
+def sampled_from(table: torch.Tensor, states: list[SamplingState]) -> list[Sampled]:
+    return Sampler(EOS).sample(Logits.of(table), states)
 
 
 def processed(row: Any, of: SamplingState) -> Any:
@@ -72,7 +76,7 @@ def drawn_tokens(row: torch.Tensor, of: SamplingState, draws: int) -> Any:
     states = [
         SamplingState(of.params, of.prompt_token_ids, s, list(of.output_token_ids)) for s in range(draws)
     ]
-    found = Sampler(EOS).sample(row.expand(draws, -1).clone(), states)
+    found = sampled_from(row.expand(draws, -1).clone(), states)
     return np.bincount([sample.token_id for sample in found], minlength=len(row))
 
 
@@ -140,23 +144,34 @@ def test_rows_of_different_rules_do_not_touch_each_other() -> None:
     rules = [*RULES.values(), {"temperature": 0.0}, {"temperature": 0.0, "repetition_penalty": 1.9}]
     table = logits(len(rules))
     states = [state(outputs=(4, 4, 9, 30), seed=n, **fields) for n, fields in enumerate(rules)]
-    together = Sampler(EOS).sample(table, states)
+    together = sampled_from(table, states)
     for row, own in enumerate(states):
-        assert Sampler(EOS).sample(table[row : row + 1], [own])[0] == together[row]
+        assert sampled_from(table[row : row + 1], [own])[0] == together[row]
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_greedy_is_the_argmax_of_what_the_rules_leave(name: str) -> None:
     table = logits(40, seed=3)
     states = [state(outputs=(4, 4, 9, 30), **{**RULES[name], "temperature": 0.0}) for _ in range(40)]
-    for row, found in enumerate(Sampler(EOS).sample(table, states)):
+    for row, found in enumerate(sampled_from(table, states)):
         assert found.token_id == processed(table[row].numpy(), states[row]).argmax()
 
 
 def test_the_lowest_id_wins_a_tie() -> None:
     table = torch.zeros(1, VOCAB)
     table[0, [13, 8, 44]] = 2.0
-    assert Sampler(EOS).sample(table, [state(temperature=0.0)])[0].token_id == 8
+    assert sampled_from(table, [state(temperature=0.0)])[0].token_id == 8
+
+
+def test_plain_rows_are_taken_as_they_were_found() -> None:
+    """No look at the values: they are not even there."""
+    found = Logits(None, [True, False, True], [31, 5, 8])  # type: ignore[arg-type]
+    of = [{}, {"seed": 3, "top_k": 5}, {"min_tokens": 2, "outputs": (4, 4)}]
+    tokens = Sampler(EOS).sample(found, [state(temperature=0.0, **fields) for fields in of])
+    assert tokens == [Sampled(31, None, True), Sampled(5, None, False), Sampled(8, None, True)]
+    ruled = ("logprobs", 0), ("logit_bias", {3: 1.0}), ("min_tokens", 2), ("presence_penalty", 0.1)
+    assert not any(state(temperature=0.0, **dict([field])).is_plain for field in ruled)
+    assert not state().is_plain
 
 
 def test_ties_at_the_edge_of_a_filter_all_stay() -> None:
@@ -170,7 +185,7 @@ def test_ties_at_the_edge_of_a_filter_all_stay() -> None:
 def test_a_vanishing_temperature_is_the_argmax(temperature: float) -> None:
     table = logits(20, seed=4) * 1e4
     states = [state(temperature=temperature, seed=n) for n in range(20)]
-    found = [sample.token_id for sample in Sampler(EOS).sample(table, states)]
+    found = [sample.token_id for sample in sampled_from(table, states)]
     assert found == table.argmax(-1).tolist()
 
 
@@ -193,7 +208,7 @@ def test_a_seed_gives_the_same_tokens_in_any_batch_and_another_seed_others() -> 
 
     def run(order: list[int], seed_base: int) -> dict[int, int]:
         states = [state(seed=seed_base + n) for n in order]
-        found = Sampler(EOS).sample(table[order], states)
+        found = sampled_from(table[order], states)
         return {n: sample.token_id for n, sample in zip(order, found, strict=True)}
 
     first = run(list(range(64)), 10)
@@ -212,7 +227,7 @@ def test_draws_of_one_sequence_are_independent_of_each_other() -> None:
     half = set(np.argsort(-chances)[::2])
     share = sum(chances[token] for token in half)
     for index in range(3000):
-        token = Sampler(EOS).sample(row[None], [of])[0].token_id
+        token = sampled_from(row[None], [of])[0].token_id
         of.append(token)
         counts[0, token] += 1
         pairs[before, int(token in half)] += index > 0
@@ -227,7 +242,7 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     changed = {"temperature": 0.2, "logit_bias": {4: 50.0}, "repetition_penalty": 1.9, "top_k": 3}
     states = [state(logprobs=4, **changed), state(), state(logprobs=0, temperature=0.0)]
     expected = table.double().log_softmax(-1).numpy()
-    found = Sampler(EOS).sample(table, states)
+    found = sampled_from(table, states)
     assert found[1].logprobs is None
     for row, count in ((0, 4), (2, 0)):
         own = found[row].logprobs
@@ -241,7 +256,7 @@ def test_logprobs_are_of_the_raw_logits() -> None:
 
 def test_the_chosen_tokens_float_is_the_one_in_the_list() -> None:
     table = logits(200, seed=8)
-    for sample in Sampler(EOS).sample(table, [state(seed=n, logprobs=VOCAB) for n in range(200)]):
+    for sample in sampled_from(table, [state(seed=n, logprobs=VOCAB) for n in range(200)]):
         own = sample.logprobs
         assert own is not None
         assert own.logprob == own.top_logprobs[own.top_ids.index(own.token_id)]
@@ -261,22 +276,22 @@ def test_scored_tokens() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_one_rows_bad_logits_are_its_own_affair(bad: float, temperature: float) -> None:
     table = logits(3, seed=10)
-    clean = Sampler(EOS).sample(table.clone(), [state(temperature=temperature, seed=n) for n in range(3)])
+    clean = sampled_from(table.clone(), [state(temperature=temperature, seed=n) for n in range(3)])
     table[1, 20] = bad
-    found = Sampler(EOS).sample(table, [state(temperature=temperature, seed=n) for n in range(3)])
+    found = sampled_from(table, [state(temperature=temperature, seed=n) for n in range(3)])
     assert [sample.finite for sample in found] == [True, False, True]
     assert [found[0], found[2]] == [clean[0], clean[2]]
 
 
 def test_huge_but_finite_logits_are_fine() -> None:
     table = torch.full((1, VOCAB), 3e38)
-    assert Sampler(EOS).sample(table, [state(temperature=0.0)])[0].finite
+    assert sampled_from(table, [state(temperature=0.0)])[0].finite
 
 
 def test_logits_are_left_alone() -> None:
     table = logits(len(RULES), seed=11)
     before = table.clone()
-    Sampler(EOS).sample(table, [state(outputs=(4, 9), logprobs=2, **fields) for fields in RULES.values()])
+    sampled_from(table, [state(outputs=(4, 9), logprobs=2, **fields) for fields in RULES.values()])
     assert torch.equal(table, before)
 
 
@@ -297,6 +312,6 @@ def test_ignore_eos_keeps_min_tokens_meaning() -> None:
     row = torch.zeros(VOCAB)
     row[0] = 50.0
     held = state(temperature=0.0, min_tokens=3, ignore_eos=True)
-    assert Sampler(EOS).sample(row[None], [held])[0].token_id != 0
+    assert sampled_from(row[None], [held])[0].token_id != 0
     free = replace(held.params, min_tokens=0)
-    assert Sampler(EOS).sample(row[None], [SamplingState(free, (1,), 0)])[0].token_id == 0
+    assert sampled_from(row[None], [SamplingState(free, (1,), 0)])[0].token_id == 0

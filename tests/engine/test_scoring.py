@@ -97,11 +97,11 @@ class _Bigram:
     def __init__(self, table: torch.Tensor) -> None:
         self.table = table
 
-    def hidden(self, batch: list[Window]) -> torch.Tensor:
-        return torch.tensor([[i] for window in batch for i in window.token_ids])
+    def read(self, batch: list[Window]) -> None:
+        self.token_ids = torch.tensor([i for window in batch for i in window.token_ids])
 
-    def logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.table[hidden[:, 0]]
+    def logprobs(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.table[self.token_ids[rows]]
 
 
 class _Constant:
@@ -113,11 +113,11 @@ class _Constant:
     def __init__(self, logprob: float) -> None:
         self.logprob = logprob
 
-    def hidden(self, batch: list[Window]) -> torch.Tensor:
-        return torch.zeros(sum(len(window.token_ids) for window in batch), 2)
+    def read(self, batch: list[Window]) -> None:
+        pass
 
-    def logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.full((len(hidden), self.vocab_size), self.logprob)
+    def logprobs(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(rows), self.vocab_size), self.logprob)
 
 
 @pytest.mark.parametrize("against", [None, _Constant(-1.0)])

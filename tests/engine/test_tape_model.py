@@ -1,5 +1,6 @@
 """The tape of compiled kernels against the eager decoder: the same tokens, whatever the batch and the cut."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,16 @@ import torch
 from numba.core import config
 from nybble.engine.build import build_engine
 from nybble.engine.config import EngineConfig
+from nybble.engine.engine import Engine
 from nybble.engine.hardware import cpu_features
-from nybble.engine.records import SamplingParams, SequenceOutput
+from nybble.engine.records import EngineRequest, SamplingParams, SequenceOutput
 from nybble.engine.tape_model import TapeModel, tell_of_compilation
 from nybble.kernels.cpu.numba_linear import instruction_set
 from nybble.kernels.dispatch import Target
+from nybble.kernels.paged import PagedSequence
+from tape_models import low_bit_tape_model
 from tiny_models import save_low_bit, tiny_transformer
+from torch.overrides import TorchFunctionMode
 
 ISA = instruction_set(Target(cpu_features=cpu_features(), cpu_kernels="auto"))
 ISAS = [
@@ -30,13 +35,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def generate(folder: Path, prompts: list[list[int]], **options: Any) -> list[SequenceOutput]:
+ASKED = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, logprobs=2)
+PLAIN = replace(ASKED, logprobs=None)
+
+
+def generate(
+    folder: Path, prompts: list[list[int]], params: Any = ASKED, **options: Any
+) -> list[SequenceOutput]:
     """40 greedy tokens for each prompt, with log-probabilities."""
+    return engine_of(folder, **options).generate(prompts, params)
+
+
+def engine_of(folder: Path, **options: Any) -> Engine:
     config = EngineConfig(str(folder), "cpu", **{"dtype": "float32", "num_threads": 1, **options})
-    engine, _ = build_engine(config, lambda *_: None)
-    return engine.generate(
-        prompts, SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, logprobs=2)
-    )
+    return build_engine(config, lambda *_: None)[0]
 
 
 def prompts_of(count: int) -> list[list[int]]:
@@ -118,16 +130,89 @@ def test_low_bit_logits_are_the_same_bits_alone_among_32_and_in_any_cut(
         assert scores(32, cut, num_threads=2) == together
 
 
-def test_a_broken_sequence_does_not_reach_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("params", [ASKED, PLAIN], ids=["asked", "plain"])
+def test_a_broken_sequence_does_not_reach_others(params: SamplingParams, tmp_path: Path) -> None:
     model = tiny_transformer("llama")
     with torch.no_grad():
         model.model.embed_tokens.weight[90] = 3e38
     model.save_pretrained(tmp_path)
     healthy = [[1, 2, 3], [7, 8, 9, 10]]
-    expected = generate(tmp_path, healthy)
-    found = generate(tmp_path, [healthy[0], [4, 90, 6], healthy[1]])
+    expected = generate(tmp_path, healthy, params)
+    found = generate(tmp_path, [healthy[0], [4, 90, 6], healthy[1]], params)
     assert found[1].error is not None
     assert [o.token_ids for o in (found[0], found[2])] == [o.token_ids for o in expected]
+
+
+def test_plain_tokens_are_those_of_requests_that_ask_for_more(tmp_path: Path) -> None:
+    """On both models, among each other, on any threads, and of more rows than the head takes at once."""
+    tiny_transformer("llama").save_pretrained(tmp_path)
+    prompts = prompts_of(80)
+    expected = [output.token_ids for output in generate(tmp_path, prompts, cpu_kernels="torch")]
+    mixed = [PLAIN if index % 3 else ASKED for index in range(80)]
+    for params, options in (
+        (PLAIN, {"cpu_kernels": "torch"}),
+        (PLAIN, {"max_num_seqs": 80}),
+        (mixed, {"max_num_seqs": 80, "num_threads": 2}),
+        (mixed, {"max_num_seqs": 7, "num_threads": 4}),
+    ):
+        found = generate(tmp_path, prompts, params, **options)
+        assert [output.token_ids for output in found] == expected, options
+
+
+class NoTorch(TorchFunctionMode):
+    """Fails at any call of torch's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"torch was called: {func}")
+
+
+def test_a_plain_decoding_step_calls_no_torch(tmp_path: Path) -> None:
+    tiny_transformer("llama").save_pretrained(tmp_path)
+    engine = engine_of(tmp_path)
+    for index, prompt in enumerate(prompts_of(3)):
+        engine.add(EngineRequest(index, prompt, PLAIN))
+    engine.step()
+    with NoTorch():
+        while engine.has_work:
+            outputs = engine.step()
+    assert [output.finish_reason for output in outputs] == ["length"] * 3
+    engine.add(EngineRequest(3, [1, 2], ASKED))
+    with NoTorch(), pytest.raises(AssertionError, match="torch was called"):
+        engine.step()
+
+
+@pytest.mark.parametrize("params", [ASKED, PLAIN], ids=["asked", "plain"])
+def test_logits_that_overflow_end_only_their_own_request(params: SamplingParams, tmp_path: Path) -> None:
+    """One row of the head overflows, on a state that is finite, where an input of it is above 1.13."""
+    model = tiny_transformer("llama", tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight[96] = 0
+        model.lm_head.weight[96, 58] = 3e38  # the engine's own first tokens do not meet it
+    model.save_pretrained(tmp_path)
+    prompts, params = prompts_of(24), replace(params, max_tokens=2)
+    eager, tape = (generate(tmp_path, prompts, params, cpu_kernels=k) for k in ("torch", "auto"))
+    reasons = [output.finish_reason for output in tape]
+    assert min(reasons.count("error"), reasons.count("length")) > 2
+    assert reasons == [output.finish_reason for output in eager]
+    assert [output.token_ids for output in tape] == [output.token_ids for output in eager]
+    for index in (reasons.index("error"), reasons.index("length")):
+        (alone,) = generate(tmp_path, [prompts[index]], params)
+        assert (alone.finish_reason, alone.token_ids) == (reasons[index], tape[index].token_ids)
+
+
+def test_more_rows_than_the_head_takes_at_once() -> None:
+    assert ISA is not None
+    model = low_bit_tape_model(ISA, 2)
+    model.forward([i % 97 for i in range(128)], [[PagedSequence(0, 128, 0, tuple(range(8)))]])
+    rows = [*range(127, -1, -1), 5, 5]
+    together = model.logits(rows)
+    for place, row in enumerate(rows):
+        one = model.logits([row])
+        assert torch.equal(one.values[0], together.values[place])
+        assert (one.finite[0], one.largest[0]) == (together.finite[place], together.largest[place])
+    assert together.largest == together.values.argmax(-1).tolist()
+    assert model.finite() == [True] * 128
+    model.close()
 
 
 def test_it_is_a_tape_that_runs(tmp_path: Path) -> None:

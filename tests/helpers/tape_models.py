@@ -101,8 +101,10 @@ def run_steps(model: TapeModel) -> list[Tensor]:
             lengths[index] += count
             first += count
         tokens = torch.randint(0, CONFIG.vocab_size, (first,), generator=generator).tolist()
-        hidden = model.forward(tokens, [sequences]).clone()
-        found += [hidden, model.logits(hidden[_last_rows(sequences)]).clone()]
+        model.forward(tokens, [sequences])
+        logits = model.logits(_last_rows(sequences))
+        known = torch.tensor(model.finite() + logits.finite + logits.largest)
+        found += [model._body.output[:first].clone(), logits.values.clone(), known]
     return found
 
 

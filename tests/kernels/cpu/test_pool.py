@@ -47,7 +47,7 @@ class Stages:
     def run(self, pool: Pool) -> None:
         """All of them; every thread reached the end, and none ran ahead."""
         self.counters[:] = 0
-        pool.run(self.records, len(self.records))
+        pool.run(self.records.ctypes.data, len(self.records))
         assert self.errors[0] == 0
         assert (self.counters[::8] == len(self.records)).all()
 

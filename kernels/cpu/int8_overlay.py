@@ -71,7 +71,7 @@ class _Beside:
 
 
 def one_token_kernel(num_bits: int, asym: bool, wide: bool) -> Any:
-    """The kernel for a bit width and a kind of columns, on AVX-512 VNNI. args: those of ``overlay_kernel``."""
+    """The kernel for a bit width and a kind of columns, on AVX-512 VNNI. args: of ``overlay_kernel``."""
     has_zeros, is_wide, blocks_at, linear_at = int(asym), int(wide), 7, 8 * LINEAR
 
     def int8_one_token(args, thread, num_threads):

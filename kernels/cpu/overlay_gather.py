@@ -94,7 +94,8 @@ def _gather(slices: list[Slice], x: ir.Value, cols: tuple[ir.Value, ...]) -> ir.
         places = places if wide else builder.zext(places, ir.VectorType(I32, ROWS))
         base = builder.inttoptr(x, ir.PointerType(I8))
         every, zero = ir.Constant(ir.VectorType(I1, ROWS), [1] * ROWS), emit.constant(F32, 0.0, ROWS)
-        return emit.call("llvm.x86.avx512.mask.gather.dps.512", zero.type, [zero, base, places, every, I32(4)])
+        operands = [zero, base, places, every, I32(4)]
+        return emit.call("llvm.x86.avx512.mask.gather.dps.512", zero.type, operands)
     gathered = ir.Constant(ir.VectorType(F32, ROWS), ir.Undefined)
     for i, (part, at) in enumerate(zip(slices, cols, strict=True)):
         for lane in range(LANES):

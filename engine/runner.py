@@ -58,7 +58,7 @@ class Runner:
 
     def __init__(self, model: StepModel, eos_token_ids: Sequence[int], seed: int = 0) -> None:
         self._model = model
-        self._logit_rows = max(1, _LOGITS_BYTES // (4 * model.vocab_size))
+        self._logit_rows = min(model.logit_rows, max(1, _LOGITS_BYTES // (4 * model.vocab_size)))
         self._sampler = Sampler(eos_token_ids)
         self._states: dict[int, SamplingState] = {}
         self._broken: set[int] = set()  # sequences that met a NaN, until the engine has ended them

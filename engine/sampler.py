@@ -36,7 +36,7 @@ class Logits:
         return cls(values, _finite_rows(values), _largest(values))
 
     def rows(self, rows: Sequence[int]) -> "Logits":
-        """Some of the rows."""
+        """Some of the rows, in their order, none twice."""
         if len(rows) == len(self.finite):
             return self
         finite, largest = [self.finite[row] for row in rows], [self.largest[row] for row in rows]

@@ -2,6 +2,7 @@
 
 import math
 import mmap
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -22,6 +23,7 @@ class StepModel(Protocol):
     """A model with its KV cache. Implementations: ``EagerModel``, and ``tape_model.TapeModel`` on a CPU."""
 
     vocab_size: int
+    logit_rows: int  # so many rows' logits are found at once; of more, copies are made
 
     @property
     def kv_bytes(self) -> int:
@@ -86,6 +88,7 @@ class EagerModel:
         self, decoder: Decoder, kv_specs: Sequence[KVSpec], num_blocks: int, block_size: int
     ) -> None:
         self.vocab_size = decoder.config.vocab_size
+        self.logit_rows = sys.maxsize
         self._decoder = decoder
         self._device = str(decoder.embed_tokens.device)
         self._block_size = block_size

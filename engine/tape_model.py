@@ -135,8 +135,8 @@ class _RotaryTable:
 class TapeModel:
     """A step model: token ids and pages in, hidden states and logits out; holds the KV cache.
 
-    Pages are laid out for the compiled attention, see ``kernels/cpu/paged_attention.py``. A step calls no
-    torch: see ``Sampler.sample``.
+    Pages are laid out for the compiled attention, see ``kernels/cpu/paged_attention.py``. A step whose rows
+    are all plain calls no torch, but at every 4096th position: see ``Sampler.sample``.
     """
 
     def __init__(
@@ -152,6 +152,7 @@ class TapeModel:
         num_blocks, block_size = cache_shape
         max_tokens, max_positions = limits
         self.vocab_size = config.vocab_size
+        self.logit_rows = _HEAD_ROWS
         head = weights["lm_head"]
         assert isinstance(head, Linear)
         isa = _compiled_parts(head)[0].isa

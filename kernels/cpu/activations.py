@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 from .abi import word
 from .ir import BF16, F32, I8, I16, I32, I64, Emitter
-from .isa import AMX, TILES
+from .isa import AMX, ROUNDED, TILES
 from .vectors import literal, load_f32, load_i32, store_f32
 
 CHUNK = 120  # tokens whose activations a GEMM keeps in cache; a multiple of every largest tile (8 and 4)
@@ -30,6 +30,7 @@ def _quantize_tile(
     isa: Any,
     form: Any,
     tokens: Any,
+    left: Any,
     x: Any,
     ldx: Any,
     x8: Any,
@@ -38,15 +39,22 @@ def _quantize_tile(
     groups: Any,
     offset: Any,
 ) -> Any:
-    """``tokens`` rows of fp32 at x (row stride ldx floats) into one tile; as many as some tile has."""
+    """``tokens`` rows of fp32 at x (row stride ldx floats) into one tile; as many as some tile has.
+
+    left: rows that are there, ``tokens`` or more; or one fewer, then the last is taken twice.
+    """
     sizes, form_ = (*TILES[literal(isa)], 1), literal(form)
+    rounded = ROUNDED[literal(isa)] if form_ == QUADS else ()
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        tokens, x, ldx, x8, xs, sums, groups, offset = arguments[2:]
+        tokens, left, x, ldx, x8, xs, sums, groups, offset = arguments[2:]
         emit = Emitter(builder)
-        for size in sizes:
+        lacks = builder.icmp_signed("<", left, tokens)
+        whole, last = builder.not_(lacks), builder.sub(left, I64(1))
+        for size, is_whole in [*((size, True) for size in sizes), *((size, False) for size in rounded)]:
+            fits = builder.icmp_signed("==", tokens, I64(size))
             with (
-                builder.if_then(builder.icmp_signed("==", tokens, I64(size))),
+                builder.if_then(builder.and_(fits, whole if is_whole else lacks)),
                 cgutils.for_range(builder, groups) as loop,
             ):
                 g = loop.index
@@ -55,15 +63,19 @@ def _quantize_tile(
                     for base, width in zip((x8, xs, sums), (64 if form_ == PAIRS else 32, 4, 4), strict=True)
                 ]
                 row = emit.offset(x, emit.scaled(g, 128))
-                if size > 8:
+                if size > 8 or not is_whole:
                     with cgutils.for_range(builder, I64(size)) as rows:
-                        _quantize_group(emit, form_, size, rows.index, (row, ldx), tile, offset)
+                        there = builder.icmp_signed("<", rows.index, left)
+                        source = builder.mul(ldx, builder.select(there, rows.index, last))
+                        start = emit.offset(row, emit.scaled(source, 4))
+                        _quantize_group(emit, form_, size, rows.index, start, tile, offset)
                 else:
                     for m in range(size):
-                        _quantize_group(emit, form_, size, I64(m), (row, ldx), tile, offset)
+                        start = emit.offset(row, emit.scaled(ldx, 4 * m))
+                        _quantize_group(emit, form_, size, I64(m), start, tile, offset)
         return context.get_dummy_value()
 
-    return types.void(isa, form, *([types.intp] * 8)), codegen
+    return types.void(isa, form, *([types.intp] * 9)), codegen
 
 
 def _quantize_group(
@@ -71,14 +83,14 @@ def _quantize_group(
     form: int,
     size: int,
     m: ir.Value,
-    x: tuple[ir.Value, ir.Value],
+    x: ir.Value,
     tile: list[ir.Value],
     offset: ir.Value,
 ) -> None:
-    """32 inputs of a tile's token m; ``tile``: where the group's x8, xs and sums begin."""
-    builder, (row, ldx), (x8, xs, sums) = emit.builder, x, tile
+    """32 inputs at x as a tile's token m; ``tile``: where the group's x8, xs and sums begin."""
+    builder, (x8, xs, sums) = emit.builder, tile
     floats, ints = ir.VectorType(F32, 32), ir.VectorType(I32, 32)
-    value = emit.load(floats, emit.offset(row, builder.mul(ldx, emit.scaled(m, 4))), 4)
+    value = emit.load(floats, x, 4)
     xs, sums = emit.offset(xs, emit.scaled(m, 4)), emit.offset(sums, emit.scaled(m, 4))
     if form == PAIRS:
         total = _store_pairs(emit, value, emit.offset(x8, emit.scaled(m, 4)), 4 * size)
@@ -138,7 +150,7 @@ def quantize_kernel(isa: int, form: int) -> Any:
     args: x, ldx (floats), K, groups, address of the number of tokens, x8, xs, sums, offset,
     perm (int32 [32 * groups], -1: zero; or 0), scratch, scratch bytes per thread.
     """
-    sizes = TILES[isa]
+    sizes, rounded = TILES[isa], (0, *(ROUNDED[isa] if form == QUADS else ()))
     word_bytes = 64 if form == PAIRS else 32  # of a group
 
     def quantize(args, thread, num_threads):
@@ -159,16 +171,17 @@ def quantize_kernel(isa: int, form: int) -> Any:
         while m < last:
             count = 1
             for rows in sizes:
-                if rows <= last - m:
+                # The rows of all threads but the last one's are a multiple of every tile.
+                if rows <= last - m or (rows in rounded and rows == last - m + 1):
                     count = rows
                     break
             row, ld = x + m * ldx * 4, ldx
             if copy:
-                for i in range(count):
+                for i in range(min(count, last - m)):
                     gather_row(row + i * ldx * 4, size, groups * 32, perm, scratch + i * groups * 128)
                 row, ld = scratch, groups * 32
             a, b, c = x8 + m * groups * word_bytes, xs + m * groups * 4, sums + m * groups * 4
-            _quantize_tile(isa, form, count, row, ld, a, b, c, groups, offset)
+            _quantize_tile(isa, form, count, last - m, row, ld, a, b, c, groups, offset)
             m += count
 
     return quantize

@@ -1,9 +1,8 @@
 """One token through a low-bit linear and its residuals at once: the residuals' gathers while weights come.
 
 The linear waits for memory most of the time, the residuals for their gathers. Behind the linear these cost
-their whole time, beside its groups about half: 0.5 % of 8192 x 2048 at one thread takes +9 to +10 % of int2
-instead of +18, +6 to +7 % of int3 instead of +13 (Emerald Rapids). The sums are those of ``int8_tile`` and
-``overlay``, bit by bit.
+their whole time, beside its groups about half where memory binds (docs/kernels.md has figures). The sums are
+those of ``int8_tile`` and ``overlay``, bit by bit.
 """
 
 from collections.abc import Callable, Iterator

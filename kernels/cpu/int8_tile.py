@@ -10,7 +10,7 @@ symmetric weights, times 1 otherwise.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from llvmlite import ir
@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 
 from .abi import words
 from .ir import F16, F32, I8, I16, I32, I64, Emitter, emit_tiles
-from .isa import AVX2, TILES, VNNI
+from .isa import AVX2, ROUNDED, TILES, VNNI
 from .l16 import GROUP_BYTES
 from .streams import emit_streams, prefetched_bytes, streams_of, strips, tiles_for
 from .vectors import literal
@@ -28,6 +28,8 @@ from .vectors import literal
 
 class Tile:
     """Emits the pieces of a tile for one instruction set and bit width."""
+
+    left: ir.Value | None = None  # tokens from the first on, if there may be one fewer than the tile has
 
     def __init__(self, builder: ir.IRBuilder, isa: int, num_bits: int, tokens: int) -> None:
         self.emit = Emitter(builder)
@@ -159,8 +161,11 @@ def int8_tiles(
         emit = Emitter(builder)
         linear = words(emit, args, 12)
         for counts, blocks in emit_streams(builder, count, (first, end), streams_of(isa_)):
-            for tokens, number in emit_tiles(builder, count, tiles_for(TILES[isa_], counts)):
+            sizes, rounded = tiles_for(TILES[isa_], counts, ROUNDED[isa_]), ROUNDED[isa_]
+            for tokens, number in emit_tiles(builder, count, sizes, rounded):
                 kernel = Tile(builder, isa_, bits, tokens)
+                if tokens in rounded:
+                    kernel.left = builder.sub(count, number)
                 emit_passes(kernel, linear, blocks, builder.add(begin, number), has_zeros)
         return context.get_dummy_value()
 
@@ -184,7 +189,7 @@ def emit_passes(
 ) -> None:
     """The tile's tokens from ``first_token`` on times some blocks. args: the 12 of ``int8_linear``.
 
-    each_group: the first pass's loops over the groups in ascending order; other work may stand in them.
+    each_group: a pass's loops over the groups in ascending order; other work may stand in them.
     """
     builder, emit = kernel.builder, kernel.emit
     w, ws, wz, x8, xs, sums, y, _, ldy, groups, _, accumulate = args
@@ -193,10 +198,9 @@ def emit_passes(
     x = [emit.offset(base, emit.scaled(at, size)) for base, size in ((x8, 32), (xs, 4), (sums, 4))]
     out = emit.offset(y, emit.scaled(builder.mul(first_token, ldy), 4))
     arrays = ((w, codes, 4), (ws, per_row, 2), (wz, per_row, 2), (out, I64(64), 4))
-    for index, halves in enumerate(kernel.passes()):
+    for halves in kernel.passes():
         rows = strips(emit, blocks, halves, kernel.lanes, arrays)
-        groups_of_pass = (_each_group if index else each_group)(builder, groups)
-        _emit_pass(kernel, rows, len(blocks), asym, (*x, ldy, accumulate), groups_of_pass)
+        _emit_pass(kernel, rows, len(blocks), asym, (*x, ldy, accumulate), each_group(builder, groups))
 
 
 def _emit_pass(
@@ -242,8 +246,10 @@ def _emit_pass(
                 total = emit.fma(builder.fmul(row_scale, scale), value, builder.load(totals[m][i]))
                 builder.store(total, totals[m][i])
     for m in range(tokens):
-        for (*_, y), slot in zip(rows, totals[m], strict=True):
-            emit.write_row(builder.load(slot), emit.offset(y, emit.scaled(ldy, 4 * m)), accumulate)
+        is_sure = kernel.left is None or m + 1 < tokens
+        with nullcontext() if is_sure else builder.if_then(builder.icmp_signed("<", I64(m), kernel.left)):
+            for (*_, y), slot in zip(rows, totals[m], strict=True):
+                emit.write_row(builder.load(slot), emit.offset(y, emit.scaled(ldy, 4 * m)), accumulate)
 
 
 def _totals(kernel: Tile, rows: int) -> list[list[ir.Value]]:

@@ -43,19 +43,21 @@ def gathers_are_fast() -> bool:
     sampling), and on Zen 5 they were slower than loads.
     """
     named = getattr(config, "CPU_NAME", None)
-    return not named and bool(llvm.get_host_cpu_features().get("amx-tile"))
+    features = llvm.get_host_cpu_features()
+    return not named and bool(features.get("amx-tile") and features.get("avx512f"))
 
 
 def emit_tiles(
-    builder: ir.IRBuilder, count: ir.Value, sizes: Sequence[int]
+    builder: ir.IRBuilder, count: ir.Value, sizes: Sequence[int], rounded: Sequence[int] = ()
 ) -> Iterator[tuple[int, ir.Value]]:
     """Loops over ``count`` rows in tiles of ``sizes``, largest first: the size and the first row.
 
-    The body is emitted once for every size.
+    The body is emitted once for every size. Sizes of ``rounded`` take one row fewer too, the last ones.
     """
     start: ir.Value = I64(0)
     for size in sizes:
-        number = builder.sdiv(builder.sub(count, start), I64(size))
+        left = builder.sub(count, start)  # -1 behind a tile with a row too many
+        number = builder.sdiv(builder.add(left, I64(int(size in rounded))), I64(size))
         with cgutils.for_range(builder, number) as loop:
             yield size, builder.add(start, builder.mul(loop.index, I64(size)))
         start = builder.add(start, builder.mul(number, I64(size)))

@@ -76,9 +76,9 @@ class Recorder:
         self._tiles: dict[tuple[int, int, int], Tensor] = {}
         self._kept: list[Tensor] = []
 
-    def buffer(self, width: int) -> Tensor:
-        """[max_tokens, width] fp32, rows padded to whole blocks of 16."""
-        whole = torch.empty(self.inputs.max_tokens, padded(width, ROWS), device="meta")
+    def buffer(self, width: int, more_rows: int = 0) -> Tensor:
+        """[max_tokens + more_rows, width] fp32, rows padded to whole blocks of 16."""
+        whole = torch.empty(self.inputs.max_tokens + more_rows, padded(width, ROWS), device="meta")
         self._kept.append(whole)  # the identity of a dead storage could be given to another one
         return whole[:, :width]
 
@@ -202,7 +202,7 @@ class Recorder:
             kernel, args = self._low_bit(weight, x, out, activations)
         if isinstance(weight, LowBitWeight) and weight.overlay is not None:
             one = self._one_token(weight, weight.overlay, activations)
-            args = (*self._residuals(weight.overlay, x, out, weight.blocks), one, kernel.address, *args)
+            args = (*self._residuals(weight.overlay, x, out, weight.blocks), one, kernel, *args)
             kernel = self.kernels.get(overlay.overlay_kernel, weight.overlay.wide)
         self._call(kernel, args, BY_COLUMNS)
 
@@ -235,7 +235,7 @@ class Recorder:
         args = (*weights, ordered, _ld(ordered), tokens, out, _ld(out), *shape)
         return get(exact_linear.exact_kernel, isa, bits, FLOAT32, asym), args
 
-    def _one_token(self, weight: LowBitWeight, entries: OverlayWeight, activations: str) -> int:
+    def _one_token(self, weight: LowBitWeight, entries: OverlayWeight, activations: str) -> Any:
         """The kernel of one token for a linear with residuals, or 0 where there is none.
 
         AVX2's registers hold no more than the linear: beside it residuals cost what they cost behind it.
@@ -243,7 +243,7 @@ class Recorder:
         if activations != "int8" or weight.sparse or self.kernels.vectors == AVX2:
             return 0
         traits = (weight.num_bits, weight.zeros is not None, entries.wide)
-        return int(self.kernels.get(int8_overlay.one_token_kernel, *traits).address)
+        return self.kernels.get(int8_overlay.one_token_kernel, *traits)
 
     def _residuals(self, entries: OverlayWeight, x: Tensor, out: Tensor, blocks: int) -> tuple[Any, ...]:
         """The arguments of residuals, those of ``overlay_kernel`` before the kernels."""
@@ -270,7 +270,8 @@ class Recorder:
             groups = weight.groups
             isa = self.kernels.isa if form == QUADS else self.kernels.vectors
             words = groups * GROUP // (2 if form == PAIRS else 4)
-            rounded = (self.buffer(words), self.buffer(groups), self.buffer(groups))
+            # A tile may have a row more than there are tokens, see ROUNDED.
+            rounded = (self.buffer(words, 1), self.buffer(groups, 1), self.buffer(groups, 1))
             perm = 0 if weight.perm is None else weight.perm
             head = (x, _ld(x), weight.in_features, groups, self.inputs.tokens, *rounded)
             args = (*head, offset, perm, *self._scratch(TILES[isa][0] * groups * GROUP * 4))

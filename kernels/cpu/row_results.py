@@ -130,11 +130,11 @@ def _key(typingctx: Any, lanes: Any, row: Any, first: Any, vectors: Any) -> Any:
             seen.see(value)
             chain.see(value, builder.trunc(column, I32))
 
-        fours = builder.sdiv(vectors, I64(_CHAINS))
-        with cgutils.for_range(builder, fours) as loop:
+        pairs = builder.sdiv(vectors, I64(_CHAINS))
+        with cgutils.for_range(builder, pairs) as loop:
             for place, chain in enumerate(chains):
                 look(chain, emit.offset(emit.scaled(loop.index, _CHAINS), place))
-        done = emit.scaled(fours, _CHAINS)
+        done = emit.scaled(pairs, _CHAINS)
         with cgutils.for_range(builder, builder.sub(vectors, done)) as loop:
             look(chains[0], builder.add(done, loop.index))
         return _key_of(emit, chains, seen)

@@ -73,6 +73,8 @@ def _low_bit(weight: LowBitWeight, cols: int, generator: torch.Generator) -> Pac
     outliers = None
     if weight.overlay is not None:
         chosen = torch.rand(_ROWS, cols, generator=generator) < _OUTLIERS
-        outliers = SparseOverlay.of(torch.randn(_ROWS, cols, generator=generator) * chosen)
+        chosen[-1] = True  # a row so heavy that most of it is its tail, see ``overlay_slices``
+        # As large as the weights beneath: without them the answer is off by far more than the tolerance.
+        outliers = SparseOverlay.of(torch.randn(_ROWS, cols, generator=generator) * top * chosen)
     spec = QuantSpec(weight.num_bits, 32, zeros is None)
     return PackedWeight(codes, spec, scales, zeros, outliers=outliers)

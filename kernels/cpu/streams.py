@@ -31,17 +31,18 @@ def streams_of(isa: int) -> tuple[tuple[int, int], ...]:
     return (_INT8_ZEN if compiled_for_zen() else _INT8)[isa]
 
 
-def tiles_for(sizes: Sequence[int], counts: tuple[int, int]) -> list[int]:
+def tiles_for(sizes: Sequence[int], counts: tuple[int, int], rounded: Sequence[int] = ()) -> list[int]:
     """Those of ``sizes`` (largest first) and 1 into which counts[0] to counts[1] tokens are cut.
 
-    No other need be emitted.
+    No other need be emitted. ``rounded``: see ``emit_tiles``.
     """
     taken = set()
     for count in range(counts[0], min(counts[1], counts[0] + 2 * max(sizes)) + 1):
         for size in (*sizes, 1):
-            if count >= size:
+            number = (count + int(size in rounded)) // size
+            if number > 0:
                 taken.add(size)
-                count %= size
+                count -= number * size
     return sorted(taken, reverse=True)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba.core.ccallback import CFunc
 from torch import Tensor
 
 from .l16 import padded
@@ -30,7 +31,7 @@ class ScratchBytes:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """args: ints, meta tensors (buffers of the arena), or objects with memory (tensors, arrays).
+    """args: ints, meta tensors (buffers of the arena), kernels, or objects with memory (tensors, arrays).
 
     follows: it needs, of the call before it, only what its own thread did: no barrier between the two.
     """
@@ -96,6 +97,9 @@ def build_tape(calls: Sequence[Call], output: Tensor, scratch_bytes: int, num_th
     def address(arg: Any) -> int:
         if isinstance(arg, int):
             return arg
+        if isinstance(arg, CFunc):
+            assert arg.address is not None
+            return arg.address
         if isinstance(arg, Scratch):
             return scratch_base
         if isinstance(arg, ScratchBytes):

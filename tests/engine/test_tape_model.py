@@ -166,17 +166,20 @@ class NoTorch(TorchFunctionMode):
         raise AssertionError(f"torch was called: {func}")
 
 
-def test_a_plain_decoding_step_calls_no_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("streams", [3, 70])
+def test_a_plain_decoding_step_calls_no_torch(streams: int, tmp_path: Path) -> None:
+    """70: more than the head takes at once."""
     tiny_transformer("llama").save_pretrained(tmp_path)
-    engine = engine_of(tmp_path)
-    for index, prompt in enumerate(prompts_of(3)):
+    engine = engine_of(tmp_path, max_num_seqs=streams)
+    for index, prompt in enumerate(prompts_of(streams)):
         engine.add(EngineRequest(index, prompt, PLAIN))
-    engine.step()
+    while engine.stats().num_waiting:
+        engine.step()
     with NoTorch():
         while engine.has_work:
             outputs = engine.step()
-    assert [output.finish_reason for output in outputs] == ["length"] * 3
-    engine.add(EngineRequest(3, [1, 2], ASKED))
+    assert [output.finish_reason for output in outputs] == ["length"] * len(outputs)
+    engine.add(EngineRequest(streams, [1, 2], ASKED))
     with NoTorch(), pytest.raises(AssertionError, match="torch was called"):
         engine.step()
 

@@ -7,6 +7,7 @@ import torch
 from nybble.engine.hardware import cpu_features
 from nybble.kernels.cpu.compiled import CompiledLinear, compile_low_bit, kernels_for
 from nybble.kernels.cpu.numba_linear import instruction_set
+from nybble.kernels.cpu.overlay import RESIDUALS
 from nybble.kernels.cpu.overlay_slices import pack_overlay
 from nybble.kernels.cpu.pool import Pool
 from nybble.kernels.cpu.recorder import Recorder
@@ -93,6 +94,18 @@ def test_a_row_is_the_same_bits_in_any_batch(isa: str, activations: str) -> None
         assert torch.equal(linear(x[start:stop]), whole[start:stop])
 
 
+def has_kernel_of_one_token(linear: CompiledLinear, activations: str) -> bool:
+    recorder = Recorder(kernels_for(linear.isa), Inputs(1), 1)
+    recorder.linear([linear.weight], torch.zeros(1, linear.weight.in_features), activations)
+    return bool(recorder._calls[-1].args[RESIDUALS] != 0)
+
+
+@pytest.mark.parametrize(("isa", "activations"), MODES)
+def test_which_linears_take_one_token_beside_their_residuals(isa: str, activations: str) -> None:
+    linear = compile_low_bit(with_outliers(quantized(64, 128), residuals(64, 128, 0.05)), isa, activations)
+    assert has_kernel_of_one_token(linear, activations) == (isa != "avx2" and activations == "int8")
+
+
 @pytest.mark.skipif("vnni" not in ISAS, reason="the CPU lacks AVX-512 VNNI")
 @pytest.mark.parametrize("asym", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -105,6 +118,7 @@ def test_one_token_beside_the_linear_is_the_same_bits_as_two_behind_it(bits: int
             plain = replace(plain, spec=QuantSpec(bits, 32, False), zeros=zeros)
         linear = compile_low_bit(with_outliers(plain, residuals(rows, cols, density)), "vnni", "int8")
         x = inputs_of(2, cols)
+        assert has_kernel_of_one_token(linear, "int8")
         assert torch.equal(torch.cat([linear(x[:1]), linear(x[1:])]), linear(x))
 
 
@@ -172,19 +186,20 @@ def test_no_entries_cost_nothing() -> None:
 
 
 @pytest.mark.parametrize(("isa", "activations"), MODES)
-@pytest.mark.parametrize("tokens", [2, 30])
+@pytest.mark.parametrize("tokens", [1, 2, 30])
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_padding_that_reads_what_is_not_finite_spoils_no_output_that_was_sound(
     isa: str, activations: str, tokens: int, broken: float
 ) -> None:
-    """Padded slots read input 0 of a token: its outputs are none the worse, as the linear made them so."""
+    """Slots without an entry read some input of a token, whose outputs the linear has already made so."""
     plain = quantized(50, 356)
     linear = compile_low_bit(with_outliers(plain, residuals(50, 356, 0.03)), isa, activations)
     x = inputs_of(tokens, 356)
     expected = linear(x)
-    x[1, 0] = broken
+    row = min(1, tokens - 1)
+    x[row, 0] = broken
     found = linear(x)
-    assert not found[1].isfinite().any()
-    assert not compile_low_bit(plain, isa, activations)(x)[1].isfinite().any()
-    expected[1] = found[1] = 0
+    assert not found[row].isfinite().any()
+    assert not compile_low_bit(plain, isa, activations)(x)[row].isfinite().any()
+    expected[row] = found[row] = 0
     assert torch.equal(found, expected)

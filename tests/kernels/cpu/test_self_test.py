@@ -39,6 +39,24 @@ def test_every_kind_gives_the_known_answer() -> None:
     assert self_test.wrong_kernels(served()) == []
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("tokens", ["one", "many"])
+def test_residuals_that_are_left_out_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, tokens: str, bits: int
+) -> None:
+    assert ISA is not None
+    made = self_test.compile_low_bit
+
+    def without(weight: PackedWeight, isa: str, activations: str) -> Callable[[Any], Any]:
+        linear, bare = made(weight, isa, activations), made(replace(weight, outliers=None), isa, activations)
+        return lambda x: (bare if (len(x) == 1) == (tokens == "one") else linear)(x)
+
+    served_here = [compile_low_bit(low_bit(bits, outliers=True), ISA, "int8")]
+    assert self_test.wrong_kernels(served_here) == []
+    monkeypatch.setattr(self_test, "compile_low_bit", without)
+    assert self_test.wrong_kernels(served_here) == [f"{ISA} {bits}-bit sym dense int8 with outliers"]
+
+
 @pytest.mark.parametrize("tokens", ["one", "many"])
 def test_a_wrong_kernel_is_named(monkeypatch: pytest.MonkeyPatch, tokens: str) -> None:
     """Wrong for one token only, or for several only, by a twentieth."""

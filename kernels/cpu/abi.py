@@ -12,8 +12,10 @@ from typing import Any
 
 import numba
 from llvmlite import ir
-from numba import cfunc, njit, types
-from numba.core import config
+from numba import njit, types
+from numba.core import config, sigutils
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
 from .ir import I64, Emitter
@@ -36,20 +38,38 @@ def use_cache(root: Path) -> Path:
     return folder
 
 
-def compile_kernel(function: Callable[..., None]) -> Any:
-    """The machine code of a kernel; ``.address`` is its entry. From the cache where one is in use."""
-    compiler = cfunc(KERNEL, nopython=True, nogil=True, error_model="numpy", cache=_cached())
-    return compiler(function)
+class _KernelCache(FunctionCache):
+    """Kept by what a kernel is compiled for.
+
+    numba's own key holds all that a function closes over. Compiled functions among it are others in every
+    process: such a kernel was compiled, and stored once more, at every start.
+    """
+
+    def __init__(self, function: Callable[..., None], traits: tuple[Any, ...]) -> None:
+        super().__init__(function)
+        self._traits = repr(traits)
+
+    def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
+        return sig, codegen.magic_tuple(), self._traits
+
+
+def compile_kernel(function: Callable[..., None], traits: tuple[Any, ...] = ()) -> Any:
+    """The machine code of a kernel; ``.address`` is its entry.
+
+    From the cache where one is in use. traits: all that distinguishes it from others of the same code.
+    """
+    options = {"nopython": True, "nogil": True, "error_model": "numpy"}
+    kernel = CFunc(function, sigutils.normalize_signature(KERNEL), {}, options)
+    if getattr(config, "CACHE_DIR", ""):
+        setattr(kernel, "_cache", _KernelCache(function, traits))  # noqa: B010 - its stubs do not name it
+    kernel.compile()
+    return kernel
 
 
 def compile_function(function: Callable[..., None]) -> Any:
     """A function of int64 arguments that Python calls without the interpreter lock."""
     signature = types.void(*[types.intp] * function.__code__.co_argcount)
-    return njit(signature, nogil=True, cache=_cached())(function)
-
-
-def _cached() -> bool:
-    return bool(getattr(config, "CACHE_DIR", ""))
+    return njit(signature, nogil=True, cache=bool(getattr(config, "CACHE_DIR", "")))(function)
 
 
 @intrinsic

@@ -44,7 +44,7 @@ class Kernels:
         """The kernel that ``make(*traits)`` describes, compiled once."""
         key = (make.__module__, make.__name__, traits)
         if key not in self._compiled:
-            self._compiled[key] = compile_kernel(make(*traits))
+            self._compiled[key] = compile_kernel(make(*traits), key)
         return self._compiled[key]
 
 

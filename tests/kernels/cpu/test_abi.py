@@ -1,0 +1,41 @@
+"""Machine code that was compiled once is not compiled again."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from numba.core import config
+from nybble.engine.hardware import cpu_features
+from nybble.kernels.cpu import recorder
+from nybble.kernels.cpu.abi import compile_kernel, use_cache
+from nybble.kernels.cpu.numba_linear import instruction_set
+from nybble.kernels.dispatch import Target
+from tape_models import low_bit_tape_model
+
+ISA = instruction_set(Target(cpu_features=cpu_features(), cpu_kernels="auto"))
+pytestmark = pytest.mark.skipif(ISA is None, reason="the CPU has neither AVX2 nor AVX-512 VNNI")
+
+
+def test_a_second_start_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of each kind of a model's kernels, made anew as a process makes them: some close over functions."""
+    assert ISA is not None
+    wanted: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+
+    def get(self: recorder.Kernels, make: Any, *traits: Any) -> Any:
+        wanted.setdefault(make.__name__, (make, traits))
+        return SimpleNamespace(address=0)
+
+    monkeypatch.setattr(recorder.Kernels, "get", get)
+    low_bit_tape_model(ISA, 1).close()
+    assert "attention_kernel" in wanted
+    monkeypatch.setattr(config, "CACHE_DIR", "")  # put back afterwards
+    folder = use_cache(tmp_path)
+
+    def start() -> list[int]:
+        return [compile_kernel(make(*traits), traits).cache_hits for make, traits in wanted.values()]
+
+    assert start() == [0] * len(wanted)
+    stored = sorted(folder.rglob("*"))
+    assert start() == [1] * len(wanted)
+    assert sorted(folder.rglob("*")) == stored

@@ -24,7 +24,7 @@ def test_a_second_start_compiles_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 
     def get(self: recorder.Kernels, make: Any, *traits: Any) -> Any:
         wanted.setdefault(make.__name__, (make, traits))
-        return SimpleNamespace(address=0)
+        return SimpleNamespace(address=0, ctypes=SimpleNamespace(data=0))
 
     monkeypatch.setattr(recorder.Kernels, "get", get)
     low_bit_tape_model(ISA, 1).close()

@@ -47,21 +47,23 @@ class _KernelCache(FunctionCache):
 
     def __init__(self, function: Callable[..., None], traits: tuple[Any, ...]) -> None:
         super().__init__(function)
+        assert traits, "kernels of the same code would be taken for one another"
         self._traits = repr(traits)
 
     def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
         return sig, codegen.magic_tuple(), self._traits
 
 
-def compile_kernel(function: Callable[..., None], traits: tuple[Any, ...] = ()) -> Any:
-    """The machine code of a kernel; ``.address`` is its entry.
+def compile_kernel(function: Callable[..., None], traits: tuple[Any, ...] | None = None) -> Any:
+    """The machine code of a kernel; ``.address`` is its entry. From the cache where one is in use.
 
-    From the cache where one is in use. traits: all that distinguishes it from others of the same code.
+    traits: all that distinguishes it from others of the same code; None: what it closes over does.
     """
     options = {"nopython": True, "nogil": True, "error_model": "numpy"}
     kernel = CFunc(function, sigutils.normalize_signature(KERNEL), {}, options)
     if getattr(config, "CACHE_DIR", ""):
-        setattr(kernel, "_cache", _KernelCache(function, traits))  # noqa: B010 - its stubs do not name it
+        kept = FunctionCache(function) if traits is None else _KernelCache(function, traits)
+        setattr(kernel, "_cache", kept)  # noqa: B010 - its stubs do not name it
     kernel.compile()
     return kernel
 

@@ -4,11 +4,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from numba.core import config
 from nybble.engine.hardware import cpu_features
 from nybble.kernels.cpu import recorder
 from nybble.kernels.cpu.abi import compile_kernel, use_cache
+from nybble.kernels.cpu.atomics import atomic_add
 from nybble.kernels.cpu.numba_linear import instruction_set
 from nybble.kernels.dispatch import Target
 from tape_models import low_bit_tape_model
@@ -33,9 +35,29 @@ def test_a_second_start_compiles_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     folder = use_cache(tmp_path)
 
     def start() -> list[int]:
-        return [compile_kernel(make(*traits), traits).cache_hits for make, traits in wanted.values()]
+        made = [compile_kernel(make(*traits), (name, *traits)) for name, (make, traits) in wanted.items()]
+        return [kernel.cache_hits for kernel in made]
 
     assert start() == [0] * len(wanted)
     stored = sorted(folder.rglob("*"))
     assert start() == [1] * len(wanted)
     assert sorted(folder.rglob("*")) == stored
+
+
+def test_without_traits_what_a_kernel_closes_over_tells_it_from_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def adding(number: int) -> Any:
+        def kernel(args, thread, num_threads):
+            atomic_add(args, number)
+
+        return kernel
+
+    monkeypatch.setattr(config, "CACHE_DIR", "")
+    use_cache(tmp_path)
+    total = np.zeros(1, np.int64)
+    for number in (1, 10, 1):
+        compile_kernel(adding(number)).ctypes(total.ctypes.data, 0, 1)
+    assert total[0] == 12
+    with pytest.raises(AssertionError, match="taken for one another"):
+        compile_kernel(adding(1), ())

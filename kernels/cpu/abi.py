@@ -8,7 +8,7 @@ arguments, each does its share, and none may depend on another's result within o
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
 from llvmlite import ir
@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 
 from .ir import I64, Emitter
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 KERNEL = types.void(types.intp, types.intp, types.intp)
 
 
@@ -60,12 +61,31 @@ def compile_kernel(function: Callable[..., None], traits: tuple[Any, ...] | None
     traits: all that distinguishes it from others of the same code; None: what it closes over does.
     """
     options = {"nopython": True, "nogil": True, "error_model": "numpy"}
+    if traits is not None:
+        # Files of its own: numba numbers those of one name without a lock, and two first starts at once could
+        # store one kernel's code as another's.
+        named(*traits)(function)
     kernel = CFunc(function, sigutils.normalize_signature(KERNEL), {}, options)
     if getattr(config, "CACHE_DIR", ""):
         kept = FunctionCache(function) if traits is None else _KernelCache(function, traits)
         setattr(kernel, "_cache", kept)  # noqa: B010 - its stubs do not name it
     kernel.compile()
     return kernel
+
+
+def named(*traits: Any) -> Callable[[_Function], _Function]:
+    """Decorates a function that closes over ``traits``: its name says them.
+
+    Machine code from the cache is linked by names, and of two functions that share one the first that a
+    process loads would serve the kernels of both.
+    """
+    digest = hashlib.blake2b(repr(traits).encode(), digest_size=8).hexdigest()
+
+    def name(function: _Function) -> _Function:
+        function.__qualname__ = f"{function.__qualname__}_{digest}"
+        return function
+
+    return name
 
 
 def compile_function(function: Callable[..., None]) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from .abi import word
+from .abi import named, word
 from .exponentials import exp_f32, row_max, scale_row, softmax_weights
 from .isa import VNNI
 from .vectors import ELEMENT_BYTES, load_f32, load_i32, scores, store_f32, weighted_sum
@@ -57,6 +57,7 @@ def _key_scores(kind: int, head_dim: int) -> Any:
     """Scores of queries against a page: strides of q and out in floats. Four queries share a load of keys."""
 
     @njit(nogil=True, error_model="numpy")
+    @named(kind, head_dim)
     def key_scores(count, q, ldq, page, out, ldo):
         i = 0
         while i + 4 <= count:
@@ -77,6 +78,7 @@ def _value_sums(isa: int, kind: int, head_dim: int) -> Any:
     size = ELEMENT_BYTES[kind]
 
     @njit(nogil=True, error_model="numpy")
+    @named(isa, kind, head_dim)
     def value_sums(rows, p, ldp, values, count, out, ldo):
         for c in range(0, head_dim, wide):
             v = values + c * size
@@ -102,6 +104,7 @@ def _span_scores(kind: int, group: int, head_dim: int, block_size: int) -> Any:
     ldp = group * CHUNK
 
     @njit(nogil=True, error_model="numpy")
+    @named(kind, group, head_dim, block_size)
     def span_scores(q, ldq, keys, rows, table, kv_heads, head, probs, begin, first, stop):
         for t in range(first, stop, 16):
             block = load_i32(table + 4 * (t // block_size))
@@ -131,6 +134,7 @@ def _span_chunk(isa: int, kind: int, group: int, head_dim: int, block_size: int)
     lda = group * head_dim
 
     @njit(nogil=True, error_model="numpy")
+    @named(isa, kind, group, head_dim, block_size)
     def span_chunk(q, ldq, keys, values, rows, position, table, kv_heads, head, window, scratch, begin, stop):
         probs = scratch
         accumulators = probs + SPAN_ROWS * group * CHUNK * 4
@@ -176,6 +180,7 @@ def _finish(group: int, head_dim: int) -> Any:
     """Divide a span's accumulators by their sums of weights, into the output."""
 
     @njit(nogil=True, error_model="numpy")
+    @named(group, head_dim)
     def finish(states, accumulators, rows, out, ldo):
         for r in range(rows):
             for h in range(group):

@@ -11,9 +11,9 @@ from ..layout import PackedWeight, QuantSpec, SparseOverlay
 from .compiled import CompiledLinear, compile_24, compile_dense, compile_low_bit
 from .weights import LowBitWeight
 
-# Whole tiles of 16, 8 and 4 tokens and one more; strips of groups and a shorter one; AMX: an odd block, and
-# one behind the four that one token reads at once.
-_ROWS, _COLS, _TOKENS = 80, 544, 25
+# Whole tiles of 16, 8 and 4 tokens; without the first 3 as 4; strips of groups and a shorter one; AMX: an odd
+# block, and one behind the four that one token reads at once.
+_ROWS, _COLS, _TOKENS = 80, 544, 28
 _OUTLIERS = 0.05
 # Of the largest output: int8 is off by up to 1 / 254 of a group's largest activation, bf16 by 1 / 256 of any.
 _TOLERANCE = {"int8": 0.02, "bf16": 0.005, "fp32": 1e-5}

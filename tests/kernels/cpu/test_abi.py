@@ -1,5 +1,6 @@
 """Machine code that was compiled once is not compiled again."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 from numba.core import config
 from nybble.engine.hardware import cpu_features
-from nybble.kernels.cpu import recorder
+from nybble.kernels.cpu import paged_attention, recorder
 from nybble.kernels.cpu.abi import compile_kernel, use_cache
 from nybble.kernels.cpu.atomics import atomic_add
+from nybble.kernels.cpu.isa import AVX2
 from nybble.kernels.cpu.numba_linear import instruction_set
 from nybble.kernels.dispatch import Target
 from tape_models import low_bit_tape_model
@@ -61,3 +63,17 @@ def test_without_traits_what_a_kernel_closes_over_tells_it_from_others(
     assert total[0] == 12
     with pytest.raises(AssertionError, match="taken for one another"):
         compile_kernel(adding(1), ())
+
+
+def test_functions_of_two_kernels_that_are_not_the_same_have_other_names() -> None:
+    """The linker takes the first of a name; the counter in numba's names begins anew in every process."""
+
+    def names(*traits: int) -> set[str]:
+        kernel = compile_kernel(paged_attention.attention_kernel(*traits), traits)
+        found = re.findall(r'^define [^@]*@"?([^"( ]+)', kernel.inspect_llvm(), re.MULTILINE)
+        return {re.sub(r"B\d+v\d+", "", name) for name in found}
+
+    first, second = names(AVX2, 1, 2, 32, 16), names(AVX2, 1, 4, 32, 16)
+    for helper in ("attention_kernel", "span_chunk", "span_scores"):
+        assert any(helper in name for name in first), helper
+        assert not any(helper in name for name in first & second), helper

@@ -33,7 +33,7 @@ class Logits:
     @classmethod
     def of(cls, values: Tensor) -> "Logits":
         """Look at [R, vocab] fp32 with torch, on any device."""
-        return cls(values, _finite_rows(values), _largest(values))
+        return cls(values, finite_rows(values), _largest(values))
 
     def rows(self, rows: Sequence[int]) -> "Logits":
         """Some of the rows, in their order, none twice."""
@@ -183,12 +183,12 @@ class Sampler:
         return changed
 
 
-def _finite_rows(logits: Tensor) -> list[bool]:
+def finite_rows(rows: Tensor) -> list[bool]:
     """Whether each row is free of NaN and infinity: by its sum, which is cheaper, unless that overflows."""
-    sums: list[float] = logits.sum(-1).tolist()
+    sums: list[float] = rows.sum(-1).tolist()
     if all(map(math.isfinite, sums)):
         return [True] * len(sums)
-    exact: list[bool] = logits.isfinite().all(-1).tolist()
+    exact: list[bool] = rows.isfinite().all(-1).tolist()
     return exact
 
 

@@ -13,7 +13,7 @@ from ..kernels.dispatch import Target
 from ..kernels.paged import AttentionPlan, PagedSequence, PlanOptions, plan_attention
 from .model.decoder import Decoder
 from .records import KVSpec
-from .sampler import Logits
+from .sampler import Logits, finite_rows
 
 TAPE_KERNELS = frozenset({"cpu-int8-24", "cpu-int8", "cpu-bf16", "cpu-fp32", "cpu-dense"})
 _GATHER_BYTES = 64 << 20  # one padded batch of gathered pages of one layer
@@ -129,11 +129,8 @@ class EagerModel:
 
     @torch.inference_mode()
     def finite(self) -> list[bool]:
-        """See StepModel. By the sum of all, which is cheaper, unless that overflows."""
-        if math.isfinite(float(self._hidden.sum())):
-            return [True] * len(self._hidden)
-        exact: list[bool] = self._hidden.isfinite().all(-1).tolist()
-        return exact
+        """See StepModel."""
+        return finite_rows(self._hidden)
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[int]) -> Logits:

@@ -66,7 +66,7 @@ def compile_kernel(function: Callable[..., None], traits: tuple[Any, ...] | None
         # store one kernel's code as another's.
         named(*traits)(function)
     kernel = CFunc(function, sigutils.normalize_signature(KERNEL), {}, options)
-    if getattr(config, "CACHE_DIR", ""):
+    if _cached():
         kept = FunctionCache(function) if traits is None else _KernelCache(function, traits)
         setattr(kernel, "_cache", kept)  # noqa: B010 - its stubs do not name it
     kernel.compile()
@@ -91,7 +91,11 @@ def named(*traits: Any) -> Callable[[_Function], _Function]:
 def compile_function(function: Callable[..., None]) -> Any:
     """A function of int64 arguments that Python calls without the interpreter lock."""
     signature = types.void(*[types.intp] * function.__code__.co_argcount)
-    return njit(signature, nogil=True, cache=bool(getattr(config, "CACHE_DIR", "")))(function)
+    return njit(signature, nogil=True, cache=_cached())(function)
+
+
+def _cached() -> bool:
+    return bool(getattr(config, "CACHE_DIR", ""))
 
 
 @intrinsic

@@ -38,7 +38,7 @@ def _add_gathered(typingctx: Any, wide: Any, args: Any, block: Any, token: Any) 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
         _, args, block, token = arguments
         emit = Emitter(builder)
-        x, ldx, _, _, _, y, ldy, _, *arrays = words(emit, args, 16)
+        x, ldx, _, _, _, y, ldy, _, *arrays = words(emit, args, RESIDUALS)
         x = emit.offset(x, emit.scaled(builder.mul(token, ldx), 4))
         y = emit.offset(y, emit.scaled(builder.mul(token, ldy), 4), emit.scaled(block, 4 * ROWS))
         sums = BlockSums(emit, wide_, arrays, x, block)
